@@ -1,0 +1,201 @@
+"""Spooled rows as a ``tf.data.Dataset``: gathered in large chunks, cut into batches by TensorFlow.
+
+A Python generator that gave one batch at a time would hold the interpreter's lock at every step; one that
+gives a few megabytes at a time is called rarely, and numpy gathers without the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparktf.data.columns import STRING, ColumnSpec
+from sparktf.data.spool import Spool
+from sparktf.errors import ParamError
+
+Pack = Callable[[dict[str, Any]], Any]
+
+# Chosen by measurement, see docs: below 1 MB the generator's calls show, above 16 MB the caches lose.
+CHUNK_BYTES = 8 << 20
+
+
+def training_dataset(
+    spool: Spool,
+    indices_of_epoch: Callable[[], np.ndarray],
+    batch_size: int,
+    steps: int,
+    *,
+    features: Iterable[str],
+    labels: Iterable[str] = (),
+    weight: str | None = None,
+    pack: Pack | None = None,
+    pack_y: Pack | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Any:
+    """Feed one rank's training rows, exactly `steps` batches an iteration.
+
+    Parameters
+    ----------
+    spool : Spool
+        The rank's rows.
+    indices_of_epoch : callable
+        Called once at the start of each iteration; gives the spool indices (int64) in the order to feed.
+        Keras starts one iteration more than epochs: it takes a first batch to build the model.
+    batch_size : int
+        Rows per batch.
+    steps : int
+        Batches per iteration: full ones, at most one short one, then batches of no rows.
+    features, labels : iterable of str
+        Columns of the spool; a mapping by name will do.
+    weight : str, optional
+        Column of the sample weights.
+    pack, pack_y : callable, optional
+        Make the model's structure out of a dict of tensors by column name. By default a single column is
+        given as its tensor, several as the dict. They are traced, and see tensors of any number of rows.
+    chunk_bytes : int
+        Bytes gathered at once.
+
+    Returns
+    -------
+    tf.data.Dataset
+        Of ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, of known cardinality, always in the same order.
+
+    Raises
+    ------
+    ParamError
+        Weights without labels, or more rows than `steps` batches hold (raised when iterated).
+    """
+    import tensorflow as tf
+
+    feed = _Feed(spool, list(features), list(labels), weight, pack, pack_y)
+    chunk_rows = feed.chunk_rows(batch_size, chunk_bytes)
+
+    def chunks() -> Iterator[dict[str, np.ndarray]]:
+        indices = np.asarray(indices_of_epoch(), np.int64)
+        if len(indices) > steps * batch_size:
+            raise ParamError(
+                f"Expected at most {steps} batches of {batch_size} rows. Received: {len(indices):,} rows"
+            )
+        yield from feed.gather(indices, chunk_rows)
+
+    full = feed.batches(chunks, batch_size)
+    empty = tf.data.Dataset.from_tensors(feed.structure(feed.no_rows())).repeat()
+    endless = full.concatenate(empty)
+    return _finish(endless.take(steps), steps)
+
+
+def evaluation_dataset(
+    spool: Spool,
+    indices: np.ndarray,
+    batch_size: int,
+    *,
+    features: Iterable[str],
+    labels: Iterable[str] = (),
+    weight: str | None = None,
+    pack: Pack | None = None,
+    pack_y: Pack | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Any:
+    """Feed rows in a fixed order, without batches of no rows.
+
+    Parameters and result are those of `training_dataset`; the number of batches follows from `indices`.
+    """
+    feed = _Feed(spool, list(features), list(labels), weight, pack, pack_y)
+    chunk_rows = feed.chunk_rows(batch_size, chunk_bytes)
+    indices = np.asarray(indices, np.int64)
+    batches = feed.batches(lambda: feed.gather(indices, chunk_rows), batch_size)
+    return _finish(batches, -(-len(indices) // batch_size))
+
+
+class _Feed:
+    """Columns of a spool on their way to a model's structure."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        features: list[str],
+        labels: list[str],
+        weight: str | None,
+        pack: Pack | None,
+        pack_y: Pack | None,
+    ) -> None:
+        if weight is not None and not labels:
+            raise ParamError(f"Expected labels beside sample weights. Received: only weights, {weight!r}")
+        self._spool = spool
+        self._features, self._labels, self._weight = features, labels, weight
+        self._pack, self._pack_y = pack or _single, pack_y or _single
+        # A column may be both input and label, as in an autoencoder: it is gathered once.
+        self._names = list(dict.fromkeys([*features, *labels, *([weight] if weight else [])]))
+        missing = [name for name in self._names if name not in spool.columns]
+        if missing:
+            raise ParamError(
+                f"Expected columns of the spool, {sorted(spool.columns)}. Received also: {missing}"
+            )
+
+    def structure(self, tensors: dict[str, Any]) -> tuple[Any, ...]:
+        """Arrange tensors by column name as Keras takes them."""
+        x = self._pack({name: tensors[name] for name in self._features})
+        if not self._labels:
+            return (x,)
+        y = self._pack_y({name: tensors[name] for name in self._labels})
+        return (x, y) if self._weight is None else (x, y, tensors[self._weight])
+
+    def chunk_rows(self, batch_size: int, chunk_bytes: int) -> int:
+        """Rows of one chunk: whole batches, so that rebatching cuts and does not join."""
+        row_bytes = sum(_row_bytes(self._spool.columns[name]) for name in self._names)
+        return batch_size * max(1, chunk_bytes // (row_bytes * batch_size))
+
+    def gather(self, indices: np.ndarray, chunk_rows: int) -> Iterator[dict[str, np.ndarray]]:
+        """Give the rows in chunks."""
+        for start in range(0, len(indices), chunk_rows):
+            yield self._spool.take(indices[start : start + chunk_rows], self._names)
+
+    def batches(self, chunks: Callable[[], Iterator[dict[str, np.ndarray]]], batch_size: int) -> Any:
+        """Cut chunks into batches inside TensorFlow."""
+        import tensorflow as tf
+
+        signature = {name: _tensor_spec(self._spool.columns[name]) for name in self._names}
+        dataset = tf.data.Dataset.from_generator(chunks, output_signature=signature)
+        # The next chunk is gathered while the model computes on this one.
+        return dataset.prefetch(1).map(self.structure).rebatch(batch_size)
+
+    def no_rows(self) -> dict[str, Any]:
+        """Give tensors of no rows by column name."""
+        import tensorflow as tf
+
+        return {name: tf.zeros((0, *_known(spec)), spec.dtype) for name, spec in self._specs()}
+
+    def _specs(self) -> Sequence[tuple[str, ColumnSpec]]:
+        return [(name, self._spool.columns[name]) for name in self._names]
+
+
+def _single(tensors: dict[str, Any]) -> Any:
+    return next(iter(tensors.values())) if len(tensors) == 1 else tensors
+
+
+def _known(spec: ColumnSpec) -> tuple[int, ...]:
+    return tuple(1 if d is None else d for d in spec.shape)
+
+
+def _row_bytes(spec: ColumnSpec) -> int:
+    # A string's length is not known here; 64 bytes cover its object and a short text.
+    item = 64 if spec.dtype == STRING else spec.numpy_dtype.itemsize
+    return item * int(np.prod(_known(spec), dtype=np.int64))
+
+
+def _tensor_spec(spec: ColumnSpec) -> Any:
+    import tensorflow as tf
+
+    return tf.TensorSpec((None, *_known(spec)), tf.dtypes.as_dtype(spec.dtype))
+
+
+def _finish(dataset: Any, steps: int) -> Any:
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.deterministic = True
+    # Keras's own distribution would otherwise try to shard a Python generator.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2).with_options(options)
