@@ -1,0 +1,171 @@
+"""What all tests share: one real Spark session, and a check that nothing is left behind.
+
+A process holds one SparkContext, so each group of tests with a Spark of another kind (``local_cluster``,
+``connect``) overrides ``spark`` in its own conftest and runs in a pytest of its own; see ``make test``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before anything imports TensorFlow, here or in a worker.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import psutil
+import pytest
+
+from sparktf.session import local_session
+
+TEMPORARY = Path(tempfile.mkdtemp(prefix="sparktf-tests-"))
+"""All temporary files of this run, of Python and of Spark: what is left in it is ours."""
+
+os.environ["TMPDIR"] = str(TEMPORARY)
+tempfile.tempdir = str(TEMPORARY)
+
+_TESTS = Path(__file__).parent
+# Workers import the functions that a test module hands to Spark, by the name that pytest gave the module.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_TESTS.parent), str(_TESTS), *(str(p) for p in sorted(_TESTS.iterdir()) if p.is_dir())]
+)
+
+SPARK_SETTINGS: dict[str, object] = {
+    "spark.executorEnv.PYTHONPATH": os.environ["PYTHONPATH"],
+    "spark.local.dir": str(TEMPORARY / "spark"),
+    "spark.sql.warehouse.dir": str(TEMPORARY / "warehouse"),
+    # A stage that asks for too many slots fails in seconds, not in ten minutes.
+    "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "1s",
+    "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def start_spark() -> Iterator[Callable[..., Any]]:
+    """Start the process's one session as asked for; it is stopped after the last test."""
+    sessions = []
+
+    def start(master: str, **options: Any) -> Any:
+        session = local_session(master, "sparktf-tests", **{**SPARK_SETTINGS, **options})
+        sessions.append(session)
+        return session
+
+    yield start
+    for session in sessions:
+        session.stop()
+
+
+@pytest.fixture(scope="session")
+def spark(start_spark: Callable[..., Any]) -> Any:
+    """Return a session of four task slots in one process."""
+    return start_spark("local[4]")
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the run's temporary files."""
+    shutil.rmtree(TEMPORARY, ignore_errors=True)
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[Callable[[], dict[str, set[str]]]]:
+    """Fail a test that leaves a process, a socket or a file behind; Spark's own are not counted.
+
+    Yields a function that returns what is left at the moment, by kind, for tests that look in between.
+    """
+    before = _inventory()
+
+    def left() -> dict[str, set[str]]:
+        return {kind: found - before[kind] for kind, found in _inventory().items()}
+
+    yield left
+    # The kernel and a peer that says goodbye take a moment.
+    deadline = time.monotonic() + 5.0
+    while any(left().values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    remaining = {kind: sorted(found) for kind, found in left().items() if found}
+    assert not remaining, f"left behind: {remaining}"
+
+
+def _inventory() -> dict[str, set[str]]:
+    this = psutil.Process()
+    family = [this, *this.children(recursive=True)]
+    return {"processes": _processes(family), "sockets": _sockets(family), "files": _files()}
+
+
+def _processes(family: list[psutil.Process]) -> set[str]:
+    return {
+        f"{process.pid} {' '.join(_command(process))}"
+        for process in family
+        if not _is_helper(process) and _status(process) not in (None, psutil.STATUS_ZOMBIE)
+    }
+
+
+def _sockets(family: list[psutil.Process]) -> set[str]:
+    """Return the TCP sockets of all Python processes, but for those that lead to the JVM."""
+    jvms = [process for process in family if _is_java(process)]
+    spark_ports = {c.laddr.port for process in jvms for c in _connections(process)}
+    return {
+        f"{process.pid} {c.status} {c.laddr.port}" + (f" to {c.raddr.port}" if c.raddr else "")
+        for process in family
+        if not _is_java(process) and not _is_daemon(process)
+        for c in _connections(process)
+        if c.status != psutil.CONN_TIME_WAIT and not (c.raddr and c.raddr.port in spark_ports)
+    }
+
+
+def _files() -> set[str]:
+    """Return our files in the temporary directory, Spark's local directories in it, and shared memory."""
+    found = {str(p) for p in TEMPORARY.rglob("*") if "sparktf" in p.name or "spool" in p.name}
+    shared = Path("/dev/shm")
+    return found | ({str(p) for p in shared.glob("*sparktf*")} if shared.is_dir() else set())
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    try:
+        return process.net_connections(kind="tcp")
+    except psutil.Error:
+        return []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _status(process: psutil.Process) -> str | None:
+    try:
+        return process.status()
+    except psutil.Error:
+        return None
+
+
+def _is_java(process: psutil.Process) -> bool:
+    return any(word.startswith("org.apache.spark.") for word in _command(process))
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    """Tell Spark's own processes and multiprocessing's tracker, which outlive a job by design."""
+    words = " ".join(_command(process))
+    return (
+        _is_java(process)
+        or "pyspark.daemon" in words
+        or "pyspark/daemon" in words
+        or "resource_tracker" in words
+    )
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    """Tell the one process that forks Spark's Python workers: it listens as long as Spark runs."""
+    try:
+        parent = process.parent()
+    except psutil.Error:
+        return False
+    return "pyspark.daemon" in " ".join(_command(process)) and parent is not None and _is_java(parent)
