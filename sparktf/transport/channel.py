@@ -1,0 +1,183 @@
+"""One data connection with deadlines, and the thread that sends while the caller receives."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+# The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time that
+# passed before a partial receive is not counted twice.
+_WAITS = 4
+
+
+class Gone(Exception):
+    """The connection to a peer ended or broke."""
+
+    def __init__(self, peer: int, detail: str) -> None:
+        super().__init__(detail)
+        self.peer = peer
+
+
+class Silent(Exception):
+    """A peer let the timeout pass; `doing` says whether we were sending or receiving."""
+
+    def __init__(self, peer: int, doing: str) -> None:
+        super().__init__(doing)
+        self.peer = peer
+
+
+class Channel:
+    """A connected socket to one peer, used by one sending and one receiving thread at a time.
+
+    Parameters
+    ----------
+    sock : socket
+        Connected and authenticated; belongs to the channel from now on.
+    peer : int
+        The rank at the other end.
+    timeout : float
+        Seconds without progress after which an operation raises `Silent`.
+    on_quiet : callable
+        Called when half of the timeout has passed without progress.
+    """
+
+    def __init__(self, sock: socket.socket, peer: int, timeout: float, on_quiet: Callable[[], None]) -> None:
+        self.peer = peer
+        self._sock = sock
+        self._on_quiet = on_quiet
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Timeouts kept by the kernel: Python's own cost a poll() more for every call.
+        sock.settimeout(None)
+        wait = timeout / _WAITS
+        packed = struct.pack("@ll", int(wait), max(1, int(wait % 1 * 1e6)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+
+    def send(self, header: bytes, view: memoryview) -> None:
+        """Send a header (possibly empty) and payload as one message."""
+        quiet = 0
+        parts = [part for part in (memoryview(header), view) if part.nbytes]
+        while parts:
+            try:
+                count = self._sock.sendmsg(parts) if len(parts) > 1 else self._sock.send(parts[0])
+            except BlockingIOError:
+                quiet = self._waited(quiet, "taking data")
+                continue
+            except OSError as exc:
+                raise Gone(self.peer, str(exc)) from exc
+            # The kernel may have waited in this call before it could take a part.
+            quiet = 1
+            while parts and count >= parts[0].nbytes:
+                count -= parts.pop(0).nbytes
+            if parts and count:
+                parts[0] = parts[0][count:]
+
+    def fill(self, view: memoryview) -> None:
+        """Receive exactly ``view.nbytes`` bytes."""
+        quiet = 0
+        while view.nbytes:
+            try:
+                count = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                quiet = self._waited(quiet, "sending data")
+                continue
+            except OSError as exc:
+                raise Gone(self.peer, str(exc)) from exc
+            if count == 0:
+                raise Gone(self.peer, "the connection was closed")
+            quiet = 1
+            view = view[count:]
+
+    def _waited(self, quiet: int, doing: str) -> int:
+        quiet += 1
+        if quiet >= _WAITS:
+            raise Silent(self.peer, doing)
+        if quiet == _WAITS // 2:
+            self._on_quiet()
+        return quiet
+
+    def shutdown(self) -> None:
+        """End both directions and wake whoever waits in this channel; may be called by any thread."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # Not connected any more, which is what was wanted.
+            return
+
+    def close(self) -> None:
+        """Give the socket back; nobody may be inside `send` or `fill`."""
+        self._sock.close()
+
+
+class Outbox:
+    """Sends in order: small pieces at once, large ones in a thread, so that the caller can receive meanwhile.
+
+    Once a piece has gone to the thread all later ones do until `flush`: a small piece that waited in the caller
+    for a full connection could keep it from reading, and a ring of such callers would never move.
+
+    Parameters
+    ----------
+    inline_bytes : int
+        Largest piece sent by the caller itself; it must fit the kernel's buffers twice.
+    on_error : callable
+        Called in the thread with the `Gone` or `Silent` that ended it.
+    """
+
+    def __init__(self, inline_bytes: int, on_error: Callable[[Gone | Silent], None]) -> None:
+        self._inline_bytes = inline_bytes
+        self._on_error = on_error
+        self._threaded = False
+        self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[tuple[Channel, bytes, memoryview] | None] = queue.SimpleQueue()
+        self._drained = threading.Semaphore(0)
+        self._error: Gone | Silent | None = None
+
+    def post(self, channel: Channel, view: memoryview, header: bytes = b"") -> None:
+        """Send, or queue, one piece; its memory must stay as it is until it has left."""
+        if not self._threaded and view.nbytes <= self._inline_bytes:
+            channel.send(header, view)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="sparktf-outbox", daemon=True)
+            self._thread.start()
+        self._threaded = True
+        self._jobs.put((channel, header, view))
+
+    def flush(self) -> None:
+        """Return when all that was posted has been handed to the kernel; raise what the thread met."""
+        if not self._threaded:
+            return
+        self._jobs.put(None)
+        self._drained.acquire()
+        self._threaded = False
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread; its channels must have been shut down, or be drained."""
+        if self._thread is not None:
+            self._closing = True
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    _closing = False
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                if self._closing:
+                    return
+                self._drained.release()
+            elif self._error is None:
+                channel, header, view = job
+                try:
+                    channel.send(header, view)
+                except (Gone, Silent) as exc:
+                    self._error = exc
+                    self._on_error(exc)
+            del job

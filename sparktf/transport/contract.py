@@ -1,0 +1,165 @@
+"""What every protocol gives: the communicator's contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one communicator has done so far, on this rank.
+
+    Attributes
+    ----------
+    bytes_sent, bytes_received : int
+        Payload bytes given to, and taken from, other ranks; headers and control messages are not counted.
+    operations : int
+        Operations begun. Error messages count with the same number.
+    registrations : int
+        Buffers allocated (or registered with a device). It stands still once every size in use was seen.
+    seconds : float
+        Wall-clock time spent inside operations, waiting included.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    operations: int = 0
+    registrations: int = 0
+    seconds: float = 0.0
+
+
+class Communicator(ABC):
+    """A process's handle on its group.
+
+    Every operation may raise these, and names the peer, the operation and its running number in the message:
+
+    - `PeerLostError`: a peer died, closed its communicator too early, or aborted (``.peer``, ``.reason``);
+    - `TransportTimeoutError`: nothing moved for the communicator's timeout;
+    - `TransportError`: ranks called operations that do not match, or the communicator is closed;
+    - `ParamError`: an argument cannot work; raised before anything is sent, the communicator stays usable.
+
+    After any but `ParamError` the communicator is dead, and the contents of arrays given to the operation that
+    failed are undefined. Operations of one communicator run one at a time; a second thread waits for the first.
+
+    Arrays may have any shape and length, none included. Supported dtypes: float16, float32, float64, bfloat16
+    (of ml_dtypes), int8, uint8, int32, int64 and bool. Arrays that are written in place must be writable;
+    those that are not C-contiguous are copied on the way.
+
+    Attributes
+    ----------
+    rank, size : int
+        This process's number, and the number of processes.
+    protocol : str
+        The protocol's short name, never ``"auto"``.
+    stats : Stats
+        Counters of this rank.
+    """
+
+    protocol: str
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.stats = Stats()
+
+    @abstractmethod
+    def all_reduce(self, array: Array, op: str = "sum") -> Array:
+        """Reduce an array over all ranks, in place.
+
+        Parameters
+        ----------
+        array : ndarray
+            Same shape and dtype on every rank; overwritten with the result.
+        op : {"sum", "mean", "max", "min"}
+            The mean needs a floating dtype. On bool, sum and max mean "or", min means "and".
+
+        Returns
+        -------
+        ndarray
+            `array`. Its bits are equal on all ranks, and between runs of the same world and shape.
+        """
+
+    @abstractmethod
+    def reduce_scatter(self, array: Array, op: str = "sum") -> Array:
+        """Reduce an array over all ranks and keep this rank's shard.
+
+        Returns
+        -------
+        ndarray
+            A new one-dimensional array: shard `rank` of the flattened result, bounded as
+            ``numpy.array_split(flat, size)[rank]`` is: the first ``len % size`` shards hold one element more.
+            `array` itself is left as it was.
+        """
+
+    @abstractmethod
+    def all_gather(self, array: Array) -> list[Array]:
+        """Give every rank the arrays of all.
+
+        Parameters
+        ----------
+        array : ndarray
+            Same dtype and same shape but for the first axis, whose length is the rank's own business.
+
+        Returns
+        -------
+        list of ndarray
+            New arrays, ordered by rank.
+        """
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Give every rank the bytes of all, ordered by rank; lengths may differ."""
+        return [part.tobytes() for part in self.all_gather(np.frombuffer(data, np.uint8))]
+
+    @abstractmethod
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Overwrite `array` (same shape and dtype on every rank) with the root's, in place; return it."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+
+    @abstractmethod
+    def send(self, peer: int, array: Array) -> None:
+        """Send an array to one rank, which calls `recv` with an array of the same dtype and size.
+
+        It returns when `array` may be changed again, which says nothing about what has arrived. Two ranks that
+        send to each other before either receives may block each other until the timeout.
+        """
+
+    @abstractmethod
+    def recv(self, peer: int, array: Array) -> Array:
+        """Fill `array` in place with what `peer` sends to this rank; return it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave in good order: what was sent still arrives. May be called twice, and after a failure."""
+
+    @abstractmethod
+    def abort(self, reason: str = "") -> None:
+        """Leave at once and tell every rank why.
+
+        Pending and later operations of all ranks raise `PeerLostError` with this rank as ``.peer`` and with
+        ``.reason``. May be called from any thread, and wakes whoever waits in this communicator.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort(f"{type(error).__name__}: {error}")

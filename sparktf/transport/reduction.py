@@ -1,0 +1,99 @@
+"""Pure arithmetic of collectives: supported dtypes, shard and chunk bounds, reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from sparktf.errors import ParamError
+from sparktf.transport.contract import Array
+
+try:
+    import ml_dtypes
+
+    _BFLOAT16: tuple[np.dtype[Any], ...] = (np.dtype(ml_dtypes.bfloat16),)
+except ImportError:  # pragma: no cover - bfloat16 is simply not offered without it
+    _BFLOAT16 = ()
+
+OPS = ("sum", "mean", "max", "min")
+_UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
+_INTEGERS = tuple(np.dtype(kind) for kind in ("int8", "uint8", "int32", "int64", "bool"))
+_FLOATS = (*(np.dtype(kind) for kind in ("float16", "float32", "float64")), *_BFLOAT16)
+# What stands for a dtype in a message's header: a fixed list, so that ranks of one version agree.
+_CODES = {dtype: code for code, dtype in enumerate((*_INTEGERS, *_FLOATS), start=1)}
+
+
+def dtype_code(dtype: np.dtype[Any]) -> int:
+    """Return the number that stands for a dtype on the wire."""
+    return _CODES[dtype]
+
+
+def op_code(op: str) -> int:
+    """Return the number that stands for a reduction on the wire; 0 is kept for "none"."""
+    return OPS.index(op) + 1
+
+
+def check_array(array: Array, *, written: bool) -> None:
+    """Raise `ParamError` where an array cannot be transferred.
+
+    Parameters
+    ----------
+    array : ndarray
+        What the caller of an operation gave.
+    written : bool
+        Whether the operation writes into it.
+    """
+    if not isinstance(array, np.ndarray):
+        raise ParamError(
+            f"Expected a numpy.ndarray. Received: {type(array).__name__}. Convert it with numpy.asarray."
+        )
+    if array.dtype not in _CODES:
+        known = ", ".join(dtype.name for dtype in _CODES)
+        raise ParamError(f"Expected an array of one of the dtypes {known}. Received: {array.dtype}. Cast it.")
+    if written and not array.flags.writeable:
+        raise ParamError(
+            "Expected a writable array, as the result is put into it. Received: a read-only one. Pass a copy."
+        )
+
+
+def check_op(op: str, dtype: np.dtype[Any]) -> None:
+    """Raise `ParamError` where a reduction does not exist, or not for this dtype."""
+    if op not in OPS:
+        raise ParamError(f"Expected op to be one of {', '.join(OPS)}. Received: {op!r}.")
+    if op == "mean" and dtype not in _FLOATS:
+        raise ParamError(
+            f"Expected a floating dtype for op='mean'. Received: {dtype}. Use op='sum' and divide, or cast."
+        )
+
+
+def combine(op: str, left: Array, right: Array, out: Array) -> None:
+    """Reduce two arrays of equal shape and dtype into `out`, which may be one of them."""
+    _UFUNCS[op](left, right, out=out)
+
+
+def finish(op: str, array: Array, size: int) -> None:
+    """Turn what `combine` has gathered from `size` ranks into the result, in place."""
+    if op == "mean":
+        # The divisor in the array's own dtype: a Python int would widen bfloat16.
+        np.divide(array, array.dtype.type(size), out=array)
+
+
+def shard_bounds(length: int, size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of every rank's shard of `length` elements, as ``numpy.array_split`` has them."""
+    each, extra = divmod(length, size)
+    starts = [rank * each + min(rank, extra) for rank in range(size + 1)]
+    return list(pairwise(starts))
+
+
+def chunk_bounds(start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of consecutive chunks of at most `longest` elements."""
+    for begin in range(start, stop, longest):
+        yield begin, min(begin + longest, stop)
+
+
+def as_bytes(flat: Array) -> memoryview:
+    """Return a contiguous one-dimensional array's memory as bytes, without a copy."""
+    return memoryview(flat.view(np.uint8))

@@ -1,0 +1,103 @@
+"""Protocols by name, imported when they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import Protocol
+
+from sparktf.errors import ParamError, ProtocolError
+from sparktf.transport.contract import Communicator
+from sparktf.transport.mesh import Exchange
+from sparktf.transport.solo import SoloCommunicator
+
+_LOG = logging.getLogger("sparktf.transport")
+
+_PROTOCOLS = {
+    "tcp": "sparktf.transport.tcp:connect",
+}
+
+
+class _Connector(Protocol):
+    def __call__(
+        self, *, rank: int, size: int, exchange: Exchange, secret: bytes, timeout: float, host: str | None
+    ) -> Communicator: ...
+
+
+def protocols() -> tuple[str, ...]:
+    """Return the names that `connect` takes."""
+    return ("auto", *_PROTOCOLS)
+
+
+def resolve(protocol: str) -> str:
+    """Return the protocol that a name stands for here, without connecting.
+
+    Raises
+    ------
+    ProtocolError
+        There is no such protocol.
+    """
+    if protocol == "auto":
+        _LOG.info("protocol 'auto' is 'tcp': the only one that works between any two machines")
+        return "tcp"
+    if protocol not in _PROTOCOLS:
+        known = ", ".join(repr(name) for name in protocols())
+        raise ProtocolError(f"Expected protocol to be one of {known}. Received: {protocol!r}.")
+    return protocol
+
+
+def connect(
+    protocol: str,
+    *,
+    rank: int,
+    size: int,
+    exchange: Exchange,
+    secret: bytes,
+    timeout: float = 60.0,
+    host: str | None = None,
+) -> Communicator:
+    """Join a group; every rank calls this.
+
+    Parameters
+    ----------
+    protocol : str
+        One of `protocols()`, the same on every rank. ``"auto"`` logs what it picked to ``sparktf.transport``.
+    rank, size : int
+        This process's number and how many there are.
+    exchange : callable
+        ``bytes -> list[bytes]``: gives every rank what all ranks put in, ordered by rank. Called exactly once.
+    secret : bytes
+        Known to this job's processes only; not empty. 32 random bytes are a good one.
+    timeout : float
+        Seconds without progress after which an operation fails; also the time that connecting may take.
+    host : str or None
+        The address that this rank listens on and tells the others. None: the address of the machine's name, or
+        127.0.0.1 where that has none.
+
+    Returns
+    -------
+    Communicator
+        Use it in a ``with`` block.
+
+    Raises
+    ------
+    ParamError
+        An argument cannot work.
+    ProtocolError
+        There is no such protocol, or it is not available on this machine.
+    HandshakeError, TransportTimeoutError, TransportError
+        The group could not be connected; nothing is left open on this rank.
+    """
+    name = resolve(protocol)
+    if not (isinstance(size, int) and isinstance(rank, int) and 0 <= rank < size):
+        raise ParamError(f"Expected integers with 0 <= rank < size. Received: rank={rank!r}, size={size!r}.")
+    if not isinstance(secret, bytes) or not secret:
+        raise ParamError(f"Expected secret to be bytes, not empty. Received: {type(secret).__name__}.")
+    if not timeout > 0:
+        raise ParamError(f"Expected timeout in seconds, greater than 0. Received: {timeout!r}.")
+    if size == 1:
+        exchange(b"")
+        return SoloCommunicator(name)
+    module, _, attribute = _PROTOCOLS[name].partition(":")
+    connector: _Connector = getattr(import_module(module), attribute)
+    return connector(rank=rank, size=size, exchange=exchange, secret=secret, timeout=timeout, host=host)

@@ -1,0 +1,142 @@
+"""The control side of a mesh: a thread that hears of failures while the caller computes or waits for data."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from sparktf.errors import TransportError
+from sparktf.transport.framing import FrameReader, pack_frame
+
+_ABORT, _BYE, _PING, _PONG = range(1, 5)
+# A reason is a traceback at most; larger ones are cut.
+_REASON_CHARS = 8192
+_FRAME_LIMIT = 64 * 1024
+
+OnFailure = Callable[[int, str, bool], None]
+
+
+class Watch:
+    """Listens to every peer's control connection.
+
+    Parameters
+    ----------
+    controls : dict of int to socket
+        Control connections by peer; they belong to the watch from now on.
+    on_failure : callable
+        Called in the watch's thread with (rank to blame, reason, told): told is True where a peer told us, False
+        where its connection ended without a farewell.
+    doing : callable
+        Returns what this rank is doing, in words, for peers that ask.
+    """
+
+    def __init__(
+        self, controls: dict[int, socket.socket], on_failure: OnFailure, doing: Callable[[], str]
+    ) -> None:
+        self._controls = controls
+        self._on_failure = on_failure
+        self._doing = doing
+        self._news = threading.Condition()
+        self._answers: dict[int, str] = {}
+        self._left: set[int] = set()
+        self._send_lock = threading.Lock()
+        self._waker, self._wakee = socket.socketpair()
+        for sock in controls.values():
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._thread = threading.Thread(target=self._run, name="sparktf-watch", daemon=True)
+        self._thread.start()
+
+    def tell_abort(self, peer: int, reason: str) -> None:
+        """Tell everybody that the group has failed, and which rank is to blame."""
+        self._tell(_ABORT, json.dumps({"peer": peer, "reason": reason[:_REASON_CHARS]}).encode())
+
+    def tell_bye(self) -> None:
+        """Tell everybody that this rank leaves in good order."""
+        self._tell(_BYE, b"")
+
+    def ask(self) -> None:
+        """Ask every peer whether it is alive; `answers` holds what has come back since."""
+        with self._news:
+            self._answers.clear()
+        self._tell(_PING, b"")
+
+    def answers(self) -> dict[int, str]:
+        """Return what each peer that has answered since `ask` is doing."""
+        with self._news:
+            return dict(self._answers)
+
+    def left(self, peer: int) -> bool:
+        """Return whether a peer has said goodbye."""
+        with self._news:
+            return peer in self._left
+
+    def stop(self) -> None:
+        """End the thread and close the control connections; not to be called in the watch's own thread."""
+        self._waker.close()
+        self._thread.join()
+        self._wakee.close()
+        for sock in self._controls.values():
+            sock.close()
+
+    def _tell(self, kind: int, payload: bytes) -> None:
+        frame = pack_frame(kind, payload)
+        with self._send_lock:
+            for peer, sock in self._controls.items():
+                if peer in self._left:
+                    continue
+                # Whoever cannot be told is gone already, or has not read 64 KiB of such frames.
+                with suppress(OSError):
+                    sock.send(frame)
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakee, selectors.EVENT_READ)
+            for peer, sock in self._controls.items():
+                selector.register(sock, selectors.EVENT_READ, (peer, FrameReader(_FRAME_LIMIT)))
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        return
+                    peer, reader = key.data
+                    if not self._hear(peer, reader):
+                        selector.unregister(key.fileobj)
+
+    def _hear(self, peer: int, reader: FrameReader) -> bool:
+        """Read what has come from one peer; return whether more can come."""
+        try:
+            data = self._controls[peer].recv(65536)
+            frames = reader.feed(data)
+        except BlockingIOError:
+            return True
+        except (OSError, TransportError) as exc:
+            self._ended(peer, str(exc))
+            return False
+        for kind, payload in frames:
+            self._act(peer, kind, payload)
+        if not data:
+            self._ended(peer, "its connection ended without a goodbye: the process was killed or has crashed")
+        return bool(data)
+
+    def _act(self, peer: int, kind: int, payload: bytes) -> None:
+        if kind == _ABORT:
+            said = json.loads(payload)
+            self._on_failure(int(said["peer"]), str(said["reason"]), True)
+        elif kind == _BYE:
+            with self._news:
+                self._left.add(peer)
+        elif kind == _PING:
+            frame = pack_frame(_PONG, self._doing().encode())
+            with self._send_lock, suppress(OSError):
+                self._controls[peer].send(frame)
+        elif kind == _PONG:
+            with self._news:
+                self._answers[peer] = payload.decode(errors="replace")
+
+    def _ended(self, peer: int, why: str) -> None:
+        if not self.left(peer):
+            self._on_failure(peer, why, False)
