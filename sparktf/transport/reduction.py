@@ -96,4 +96,4 @@ def chunk_bounds(start: int, stop: int, longest: int) -> Iterator[tuple[int, int
 
 def as_bytes(flat: Array) -> memoryview:
     """Return a contiguous one-dimensional array's memory as bytes, without a copy."""
-    return memoryview(flat.view(np.uint8))
+    return flat.view(np.uint8).data

@@ -67,7 +67,7 @@ def reduce_scatter(
         for start, stop in chunk_bounds(*bounds[(rank - step - 2) % size], longest):
             part = flat[start:stop]
             incoming = scratch[: part.nbytes]
-            link.fill(memoryview(incoming))
+            link.fill(incoming.data)
             combine(op, part, incoming.view(flat.dtype), part)
             if last:
                 finish(op, part, size)

@@ -356,7 +356,7 @@ class TcpCommunicator(Communicator):
             if block.nbytes == 0 and not last:
                 self._post_block(header, block)
             for start, stop in chunk_bounds(0, block.nbytes, ring.CHUNK_BYTES):
-                self.fill(memoryview(block)[start:stop])
+                self.fill(block[start:stop].data)
                 if not last:
                     self._post_block(header if start == 0 else b"", block[start:stop])
             origin = (self.rank - step - 1) % self.size
@@ -365,7 +365,7 @@ class TcpCommunicator(Communicator):
         return [result[rank] for rank in range(self.size)]
 
     def _post_block(self, header: bytes, block: Array) -> None:
-        self._outbox.post(self._right, memoryview(block), header)
+        self._outbox.post(self._right, block.data, header)
         self.stats.bytes_sent += block.nbytes
 
     def _next(self) -> int:
@@ -426,7 +426,7 @@ class TcpCommunicator(Communicator):
 
 def _put_back(flat: Array, array: Array) -> Array:
     """Copy the result into the caller's array where that was not contiguous."""
-    if not np.shares_memory(flat, array, max_work=1):
+    if not array.flags.c_contiguous:
         np.copyto(array, flat.reshape(array.shape))
     return array
 
