@@ -1,8 +1,8 @@
 """Distributed TensorFlow inside Apache Spark.
 
-``TFEstimator`` trains a Keras model on a DataFrame's partitions and is an ordinary Spark ML stage; ``TFModel``
-scores with the result; ``local_session`` makes a Spark session on one machine. Importing this package imports
-neither TensorFlow nor pyspark: each comes with the first name that needs it.
+``TFEstimator`` trains a Keras model on a DataFrame's partitions and is an ordinary Spark ML stage;
+``TFModel`` scores with the result; ``local_session`` makes a Spark session on one machine. Importing this
+package imports neither TensorFlow nor pyspark: each comes with the first name that needs it.
 """
 
 from __future__ import annotations

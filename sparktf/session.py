@@ -1,13 +1,14 @@
 """A local Spark session made right: Java found, the workers' Python set, quiet logs, everything on loopback.
 
-For laptops, tests, notebooks and examples. On a cluster the session comes from ``spark-submit`` or the platform,
-and :func:`local_session` then returns it as it is.
+For laptops, tests, notebooks and examples. On a cluster the session comes from ``spark-submit`` or the
+platform, and :func:`local_session` then returns it as it is.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -15,9 +16,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparktf.java import find_java, spark_java_home
 
@@ -47,8 +48,8 @@ def local_session(
     Parameters
     ----------
     master : str or None
-        ``local[n]``: n task slots in one process. ``local-cluster[executors,cores,MiB]``: executors in processes
-        of their own. None: what the user's Spark configuration says, else ``local[*]``.
+        ``local[n]``: n task slots in one process. ``local-cluster[executors,cores,MiB]``: executors in
+        processes of their own. None: what the user's Spark configuration says, else ``local[*]``.
     app_name : str
         The name that Spark shows.
     connect : bool
@@ -77,11 +78,12 @@ def local_session(
     _quiet_warnings()
     user = _user_settings()
     master = master or user.get("spark.master", "local[*]")
-    settings: dict[str, object] = {k: v for k, v in _settings(master).items() if k not in user}
-    settings |= conf
+    settings: dict[str, Any] = dict(
+        _merged(_settings(master), user, {name: _as_text(value) for name, value in conf.items()})
+    )
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
-    builder = builder.config(map={key: _as_text(value) for key, value in settings.items()})
+    builder = builder.config(map=settings)
     with _environment(_launch_environment(master)), warnings.catch_warnings():
         # A Connect client repeats the server's own settings to it and warns of each that is fixed by then.
         warnings.filterwarnings("ignore", message="Failed to set spark", category=UserWarning)
@@ -100,9 +102,8 @@ def _existing_session() -> SparkSession | None:
 
 
 def _settings(master: str) -> dict[str, str]:
-    quiet = (
-        f"-Dlog4j2.configurationFile={shlex.quote((files('sparktf') / 'log4j2-quiet.properties').as_uri())}"
-    )
+    # A URI: its escapes leave no blank at which Spark would split the options.
+    quiet = f"-Dlog4j2.configurationFile={(Path(__file__).parent / 'log4j2-quiet.properties').as_uri()}"
     settings = {
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
@@ -118,6 +119,17 @@ def _settings(master: str) -> dict[str, str]:
     if master.startswith("local"):
         settings |= {"spark.driver.host": _LOOPBACK, "spark.driver.bindAddress": _LOOPBACK}
     return settings
+
+
+def _merged(ours: dict[str, str], user: dict[str, str], call: dict[str, str]) -> dict[str, str]:
+    """Return the settings to start with: the call's, and ours where neither it nor the user says anything."""
+    given = user | call
+    merged = {name: value for name, value in ours.items() if name not in given} | call
+    for name in ("spark.driver.extraJavaOptions", "spark.executor.extraJavaOptions"):
+        if name in given:
+            # These are lists: ours come first, so that the user's own logging still has the last word.
+            merged[name] = f"{ours[name]} {given[name]}"
+    return merged
 
 
 def _launch_environment(master: str) -> dict[str, str]:
@@ -163,21 +175,17 @@ def _user_settings() -> dict[str, str]:
 
 
 def parse_defaults(text: str) -> dict[str, str]:
-    """Return the settings of a ``spark-defaults.conf``: a name, blanks or "=", a value; "#" starts a comment."""
-    settings = {}
-    for line in text.splitlines():
-        name, _, value = line.strip().replace("=", " ", 1).partition(" ")
-        if name and not name.startswith("#"):
-            settings[name] = value.strip()
-    return settings
+    """Return the settings of a ``spark-defaults.conf``: a name, blanks or "=", a value; "#" comments."""
+    lines = (re.match(r"\s*([^\s=:#]+)\s*[=:]?\s*(.*?)\s*$", line) for line in text.splitlines())
+    return {match[1]: match[2] for match in lines if match}
 
 
 def parse_submit_arguments(text: str) -> dict[str, str]:
-    """Return the settings that a ``PYSPARK_SUBMIT_ARGS`` line makes by ``--conf``, ``--master`` and its kin."""
+    """Return the settings that a ``PYSPARK_SUBMIT_ARGS`` line makes by ``--conf`` and by its short forms."""
     words = shlex.split(text)
     named = {"--master": "spark.master", "--driver-memory": "spark.driver.memory"}
     settings = {}
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in pairwise(words):
         if option == "--conf":
             name, _, value = value.partition("=")
             settings[name] = value
