@@ -249,9 +249,7 @@ class _Doorman:
     def __init__(self, listener: socket.socket, group: _Group) -> None:
         self._listener = listener
         self._group = group
-        self._arrived: queue.SimpleQueue[_Arrival | HandshakeError] = (
-            queue.SimpleQueue()
-        )
+        self._arrived: queue.SimpleQueue[_Arrival | HandshakeError] = queue.SimpleQueue()
         self._busy: dict[socket.socket, None] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
