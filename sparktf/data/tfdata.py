@@ -1,12 +1,14 @@
 """Spooled rows as a ``tf.data.Dataset``: gathered in large chunks, cut into batches by TensorFlow.
 
-A Python generator that gave one batch at a time would hold the interpreter's lock at every step; one that
-gives a few megabytes at a time is called rarely, and numpy gathers without the lock.
+A call into Python at every step would wait for the interpreter's lock; one that gathers a few megabytes is
+rare, and numpy gathers without the lock. ``Dataset.from_generator`` is avoided on purpose: its first use sets
+malloc's trim threshold to 128 kB for the whole process, after which large arrays, Keras's own too, pay for
+fresh pages again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from sparktf.errors import ParamError
 
 Pack = Callable[[dict[str, Any]], Any]
 
-# Chosen by measurement, see docs: below 1 MB the generator's calls show, above 16 MB the caches lose.
-CHUNK_BYTES = 8 << 20
+# Measured on rows of 784 floats: below 1 MiB the calls into Python show, far above 8 MiB the first batch of
+# an epoch waits and pages are faulted in anew; between them a drained epoch costs as much as Keras's own feed
+# of arrays.
+CHUNK_BYTES = 4 << 20
 
 
 def training_dataset(
@@ -72,18 +76,17 @@ def training_dataset(
     feed = _Feed(spool, list(features), list(labels), weight, pack, pack_y)
     chunk_rows = feed.chunk_rows(batch_size, chunk_bytes)
 
-    def chunks() -> Iterator[dict[str, np.ndarray]]:
+    def epoch() -> np.ndarray:
         indices = np.asarray(indices_of_epoch(), np.int64)
         if len(indices) > steps * batch_size:
             raise ParamError(
                 f"Expected at most {steps} batches of {batch_size} rows. Received: {len(indices):,} rows"
             )
-        yield from feed.gather(indices, chunk_rows)
+        return indices
 
-    full = feed.batches(chunks, batch_size)
+    full = feed.batches(epoch, batch_size, chunk_rows)
     empty = tf.data.Dataset.from_tensors(feed.structure(feed.no_rows())).repeat()
-    endless = full.concatenate(empty)
-    return _finish(endless.take(steps), steps)
+    return _finish(full.concatenate(empty).take(steps), steps)
 
 
 def evaluation_dataset(
@@ -105,8 +108,7 @@ def evaluation_dataset(
     feed = _Feed(spool, list(features), list(labels), weight, pack, pack_y)
     chunk_rows = feed.chunk_rows(batch_size, chunk_bytes)
     indices = np.asarray(indices, np.int64)
-    batches = feed.batches(lambda: feed.gather(indices, chunk_rows), batch_size)
-    return _finish(batches, -(-len(indices) // batch_size))
+    return _finish(feed.batches(lambda: indices, batch_size, chunk_rows), -(-len(indices) // batch_size))
 
 
 class _Feed:
@@ -147,19 +149,28 @@ class _Feed:
         row_bytes = sum(_row_bytes(self._spool.columns[name]) for name in self._names)
         return batch_size * max(1, chunk_bytes // (row_bytes * batch_size))
 
-    def gather(self, indices: np.ndarray, chunk_rows: int) -> Iterator[dict[str, np.ndarray]]:
-        """Give the rows in chunks."""
-        for start in range(0, len(indices), chunk_rows):
-            yield self._spool.take(indices[start : start + chunk_rows], self._names)
-
-    def batches(self, chunks: Callable[[], Iterator[dict[str, np.ndarray]]], batch_size: int) -> Any:
-        """Cut chunks into batches inside TensorFlow."""
+    def batches(self, epoch: Callable[[], np.ndarray], batch_size: int, chunk_rows: int) -> Any:
+        """Gather chunks of an epoch's rows and cut them into batches inside TensorFlow."""
         import tensorflow as tf
 
-        signature = {name: _tensor_spec(self._spool.columns[name]) for name in self._names}
-        dataset = tf.data.Dataset.from_generator(chunks, output_signature=signature)
+        dtypes = [tf.dtypes.as_dtype(spec.dtype) for _, spec in self._specs()]
+
+        def gather(indices: np.ndarray) -> list[np.ndarray]:
+            return list(self._spool.take(indices, self._names).values())
+
+        def chunk(indices: Any) -> tuple[Any, ...]:
+            tensors = dict(zip(self._names, tf.numpy_function(gather, [indices], dtypes), strict=True))
+            return self.structure(
+                {name: tf.ensure_shape(tensors[name], (None, *_known(spec))) for name, spec in self._specs()}
+            )
+
+        # The function runs when an iterator starts, not when the dataset is made.
+        started = tf.data.Dataset.from_tensors(0).map(lambda _: tf.numpy_function(epoch, [], tf.int64))
+        chunks = started.flat_map(
+            lambda order: tf.data.Dataset.from_tensor_slices(tf.reshape(order, (-1,))).batch(chunk_rows)
+        )
         # The next chunk is gathered while the model computes on this one.
-        return dataset.prefetch(1).map(self.structure).rebatch(batch_size)
+        return chunks.map(chunk).prefetch(1).rebatch(batch_size)
 
     def no_rows(self) -> dict[str, Any]:
         """Give tensors of no rows by column name."""
@@ -185,17 +196,11 @@ def _row_bytes(spec: ColumnSpec) -> int:
     return item * int(np.prod(_known(spec), dtype=np.int64))
 
 
-def _tensor_spec(spec: ColumnSpec) -> Any:
-    import tensorflow as tf
-
-    return tf.TensorSpec((None, *_known(spec)), tf.dtypes.as_dtype(spec.dtype))
-
-
 def _finish(dataset: Any, steps: int) -> Any:
     import tensorflow as tf
 
     options = tf.data.Options()
     options.deterministic = True
-    # Keras's own distribution would otherwise try to shard a Python generator.
+    # A rank's rows are its own already; there is nothing left to shard.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2).with_options(options)
