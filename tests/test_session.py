@@ -183,11 +183,12 @@ _JOB = """
         BarrierTaskContext.get().barrier()
         yield from batches
 
+    spark = local_session("local[2]")
+
     @pandas_udf("double")
     def half(values):
         return values / 2
 
-    spark = local_session("local[2]")
     assert spark.range(10).count() == 10
     frame = spark.range(10).repartition(2).mapInArrow(pass_barrier, "id long", barrier=True)
     assert sorted(row.id for row in frame.collect()) == list(range(10))

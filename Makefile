@@ -1,0 +1,69 @@
+# make setup   build .venv from requirements/lock.txt (done by the other targets as well)
+# make demo    the main job on real data: train on two workers, save, load, score
+# make test    all tests; make lint: ruff, mypy and the layering test
+# make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
+# make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock notebooks bench clean
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.installed
+UV := $(BIN)/uv --quiet --no-progress
+PYTEST := $(BIN)/python -m pytest
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+# Extras that the lock holds: all that tests, notebooks and the demo use.
+EXTRAS := local connect test notebooks
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): requirements/lock.txt requirements/uv.txt setup.cfg pyproject.toml
+	@requirements/make_venv.sh .venv
+	@echo "Installing $$(grep -c == requirements/lock.txt) packages into .venv ..."
+	@$(BIN)/python -m pip --quiet --disable-pip-version-check install -r requirements/uv.txt
+	@VIRTUAL_ENV=.venv $(UV) pip sync requirements/lock.txt
+	@VIRTUAL_ENV=.venv $(UV) pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python examples/mnist_pipeline.py
+
+# One process holds one Spark, so each kind of Spark has a pytest of its own; all run, then failures count.
+test: $(STAMP)
+	@failed=0; \
+	run() { echo "== pytest $$*"; $(PYTEST) "$$@" || failed=1; }; \
+	run tests --ignore tests/local_cluster --ignore tests/connect; \
+	for group in tests/local_cluster tests/connect; do \
+	  if [ -d $$group ]; then run $$group; fi; \
+	done; \
+	if [ -n "$(NOTEBOOKS)" ]; then run --nbmake --timeout 900 $(NOTEBOOKS); fi; \
+	exit $$failed
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(PYTEST) -q tests/test_layering.py
+
+lock: $(STAMP)
+	@VIRTUAL_ENV=.venv $(UV) pip compile setup.cfg requirements/dev.in \
+	  $(addprefix --extra ,$(EXTRAS)) --override requirements/override.txt \
+	  --universal --python-version 3.11 --no-header --no-annotate --upgrade \
+	  --output-file requirements/lock.txt > /dev/null
+
+notebooks: $(STAMP)
+	@for notebook in $(NOTEBOOKS); do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; \
+	done
+
+bench: $(STAMP)
+	@for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
+
+clean:
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  spark-warehouse metastore_db derby.log
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
