@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -229,9 +230,12 @@ def _load_keras(path: str, objects: Mapping[str, Any] | None, compile: bool, saf
     import keras
 
     try:
-        return keras.saving.load_model(
-            path, custom_objects=dict(objects or {}) or None, compile=compile, safe_mode=safe_mode
-        )
+        with warnings.catch_warnings():
+            # A model that was compiled but never trained has an optimizer without state; nothing is lost.
+            warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
+            return keras.saving.load_model(
+                path, custom_objects=dict(objects or {}) or None, compile=compile, safe_mode=safe_mode
+            )
     except (TypeError, ValueError, KeyError, ImportError, AttributeError) as exc:
         raise PersistenceError(f"Keras cannot rebuild the model: {_advice(exc)}") from exc
 
