@@ -9,7 +9,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
-UV := $(BIN)/uv --quiet --no-progress
+# The machine's certificates where it has them: a company's proxy is trusted by them, not by uv's own list.
+UV := $(BIN)/uv --quiet --no-progress $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),--system-certs)
 PYTEST := $(BIN)/python -m pytest
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
