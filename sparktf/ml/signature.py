@@ -49,7 +49,7 @@ class ModelSignature:
     Parameters
     ----------
     inputs, outputs : tuple of TensorSpec
-        In the model's own order.
+        In the model's own order; scoring goes by the names.
     kind : str
         ``"multiclass"``: a row of class scores; ``"binary"``: one score, two classes; ``"values"``: numbers
         as they are (regression, and whatever the loss does not tell).
@@ -86,14 +86,18 @@ class ModelSignature:
             The model was never built, so that its shapes are not known.
         """
         inputs, outputs = input_specs(model), output_specs(model)
+        structure = _outputs(model)
+        if isinstance(structure, Mapping) and set(structure) == {spec.name for spec in outputs}:
+            # Predictions come from the first output: the first that the model's author wrote.
+            outputs = tuple(sorted(outputs, key=lambda spec: list(structure).index(spec.name)))
         loss = _loss_of(model, outputs[0].name)
         kind, from_logits = _classify(loss, outputs[0].shape)
-        activation = last_activation(model)
+        activation = last_activation(model, outputs[0].name)
         return cls(inputs, outputs, kind, from_logits and activation not in _PROBABILITIES)
 
 
 def input_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
-    """Return a built model's inputs.
+    """Return a built model's inputs in the order of ``keras.tree.flatten`` (dicts sorted by key).
 
     Names are the keys where the model takes a dict, else the Input layers' names; for a subclassed model, the
     names of ``call``'s arguments.
@@ -102,7 +106,10 @@ def input_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
 
 
 def output_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
-    """Return a built model's outputs; names are the keys of a dict, else Keras's ``output_names``."""
+    """Return a built model's outputs in the order of ``keras.tree.flatten`` (dicts sorted by key).
+
+    Names are the keys where the model gives a dict, else Keras's ``output_names``.
+    """
     structure = _outputs(model)
     named = _named(structure)
     names = list(getattr(getattr(model, "_functional", None) or model, "output_names", None) or [])
@@ -114,10 +121,18 @@ def output_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, _row_shape(t.shape), _dtype(t)) for name, t in named)
 
 
-def last_activation(model: keras.Model) -> str:
-    """Return the name of the activation that makes the model's first output; ``""`` where it is hidden."""
-    outputs = getattr(model, "outputs", None)
-    history = getattr(outputs[0], "_keras_history", None) if outputs else None
+def last_activation(model: keras.Model, output: str = "") -> str:
+    """Return the name of the activation that makes an output; ``""`` where it cannot be seen.
+
+    Parameters
+    ----------
+    model : keras.Model
+    output : str
+        The output's name; the first one where there is none of that name.
+    """
+    tensors = _named(_outputs(model)) if getattr(model, "outputs", None) else []
+    chosen = [tensor for name, tensor in tensors if name == output] or [tensor for _, tensor in tensors]
+    history = getattr(chosen[0], "_keras_history", None) if chosen else None
     if history is None:
         return ""
     operation = history.operation
@@ -172,11 +187,8 @@ def _functional_structure(model: keras.Model, side: str) -> Any:
 
 
 def _named(structure: Any) -> list[tuple[str, Any]]:
-    """Return names and tensors of a structure; a dict keeps the order its writer gave it."""
+    """Return names and tensors of a structure in the order of ``keras.tree.flatten``: dicts sorted by key."""
     import keras
-
-    if isinstance(structure, Mapping) and not any(isinstance(v, Mapping | list) for v in structure.values()):
-        return [(str(key), tensor) for key, tensor in structure.items()]
 
     pairs = keras.tree.flatten_with_path(structure)
     return [(str(path[-1]) if path and isinstance(path[-1], str) else t.name, t) for path, t in pairs]

@@ -1,0 +1,311 @@
+"""Scoring in Spark's Python workers: Arrow columns in, one struct of output columns out.
+
+:func:`score` is all of it, a function of plain arguments that runs without Spark too. A worker process keeps
+the last models it has loaded, so that a second job, and the next task, start at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sparktf.data.arrow import ColumnReader, Dense, Vectors, is_list
+from sparktf.data.columns import ColumnSpec
+from sparktf.errors import DataError
+from sparktf.ml.archive import KERAS, ModelArchive
+from sparktf.ml.outputs import OutputField, to_struct
+from sparktf.ml.signature import ModelSignature
+
+Forward = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+# A job seldom uses more than two models in one stage, and each holds its weights in memory.
+_KEPT_MODELS = 2
+_models: OrderedDict[str, Forward] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """Everything a worker needs to score, small enough to pickle.
+
+    Parameters
+    ----------
+    digest : str
+        The archive's digest: the key of the worker's cache.
+    archive : object
+        The archive's bytes, or something with a ``.value`` that gives them (a broadcast variable), which is
+        only asked where the model is not in the cache.
+    signature : ModelSignature
+    columns : tuple of ColumnSpec
+        One a model input, in the model's order.
+    fields : tuple of OutputField
+    batch_size : int
+        Rows in one forward pass, at most.
+    custom_objects : mapping
+        Keras's registry of the driver.
+    saved_signature : str
+        Which signature of a SavedModel to call.
+    """
+
+    digest: str
+    archive: Any
+    signature: ModelSignature
+    columns: tuple[ColumnSpec, ...]
+    fields: tuple[OutputField, ...]
+    batch_size: int
+    custom_objects: Mapping[str, Any] = field(default_factory=dict)
+    saved_signature: str = ""
+
+
+def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.StructArray]:
+    """Score Arrow batches in order.
+
+    Parameters
+    ----------
+    task : ScoringTask
+    batches : iterator of tuple of pyarrow.Array
+        One array a model input; of any length, together at least ``batch_size`` rows go into one forward pass
+        where there are so many.
+
+    Yields
+    ------
+    pyarrow.StructArray
+        As many rows as came in, in their order; a row with a null in any input has nulls.
+
+    Raises
+    ------
+    DataError
+        A row does not have the length that the model wants.
+    """
+    forward = None
+    readers = [ColumnReader(spec) for spec in task.columns]
+    for arrays in _gather(batches, task.batch_size):
+        forward = forward or load_forward(task)
+        valid = valid_rows(arrays)
+        if valid is not None:
+            keep = pa.array(valid)
+            arrays = tuple(array.filter(keep) for array in arrays)
+        tensors = [read_tensor(reader, array) for reader, array in zip(readers, arrays, strict=True)]
+        outputs = _run(forward, task, tensors)
+        yield to_struct(task.signature, list(task.fields), outputs, valid)
+
+
+def valid_rows(arrays: tuple[pa.Array, ...]) -> np.ndarray | None:
+    """Return which rows hold no null, not in any array, at any depth; None where all rows are so."""
+    result: np.ndarray | None = None
+    for array in arrays:
+        mask = _valid(array)
+        if mask is not None:
+            result = mask if result is None else result & mask
+    return result
+
+
+def read_tensor(reader: ColumnReader, array: pa.Array) -> np.ndarray:
+    """Return a column without nulls as ``(rows, *shape)`` in the model's dtype; strings as objects.
+
+    Raises
+    ------
+    DataError
+        A row has another length than the model wants, or a value that its dtype cannot hold.
+    """
+    block = reader.read(array)
+    reader.check()
+    shape = tuple(0 if length is None else length for length in reader.spec.shape)
+    if isinstance(block, Dense):
+        return block.values.astype(reader.spec.numpy_dtype, copy=False).reshape(len(array), *shape)
+    if isinstance(block, Vectors):
+        raise DataError(f"column {reader.spec.source!r}: expected an array. Received: a vector")
+    leaf = array
+    while is_list(leaf.type):
+        leaf = leaf.flatten()
+    texts: np.ndarray = leaf.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
+    return texts.reshape(len(array), *shape)
+
+
+def load_forward(task: ScoringTask) -> Forward:
+    """Return the model as a function from input to output tensors, from the cache where it is there."""
+    key = f"{task.digest}:{task.saved_signature}"
+    if key in _models:
+        _models.move_to_end(key)
+        return _models[key]
+    tf = import_tensorflow(_task_threads())
+    data = getattr(task.archive, "value", task.archive)
+    archive = ModelArchive.from_bytes(data)
+    # What Keras has to say about a model, it has said to the user who made it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if archive.kind == KERAS:
+            forward = _keras_forward(tf, archive, task)
+        else:
+            forward = _saved_forward(tf, archive, task)
+    _models[key] = forward
+    while len(_models) > _KEPT_MODELS:
+        _models.popitem(last=False)
+    return forward
+
+
+def import_tensorflow(threads: int) -> Any:
+    """Import TensorFlow without its start-up messages, and set its threads where it is not yet in use.
+
+    Parameters
+    ----------
+    threads : int
+        Threads within one operation. Spark runs as many tasks as it has cores; a pool as wide as the machine
+        in each of them would only make them wait for each other.
+    """
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _quiet_stderr("tensorflow" not in sys.modules):
+        import tensorflow as tf
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        for device in tf.config.list_physical_devices("GPU"):
+            # Several workers share a GPU; TensorFlow would give all of its memory to the first.
+            tf.config.experimental.set_memory_growth(device, True)
+    except RuntimeError:
+        # In use already, by an earlier job in this worker: its settings stay for the process's life.
+        return tf
+    return tf
+
+
+def _task_threads() -> int:
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    return max(1, context.cpus()) if context is not None else 1
+
+
+@contextmanager
+def _quiet_stderr(wanted: bool) -> Iterator[None]:
+    """Hold back what native code writes to file descriptor 2; show it after all if the block fails."""
+    if not wanted:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _keras_forward(tf: Any, archive: ModelArchive, task: ScoringTask) -> Forward:
+    import keras
+
+    model = archive.load(custom_objects=task.custom_objects, compile=False, safe_mode=False)
+    names = [spec.name for spec in task.signature.outputs]
+    structure = _call_structure(model, task.signature)
+
+    def call(*tensors: Any) -> list[Any]:
+        result = model(keras.tree.pack_sequence_as(structure, list(tensors)), training=False)
+        if isinstance(result, Mapping) and set(names) <= set(result):
+            return [result[name] for name in names]
+        return list(keras.tree.flatten(result))
+
+    return _compiled(tf, call, task)
+
+
+def _call_structure(model: Any, signature: ModelSignature) -> Any:
+    """Return what the model is called with, with each input's position in the place of its tensor."""
+    names = [spec.name for spec in signature.inputs]
+    functional = getattr(model, "_functional", None) or model
+    structure = getattr(functional, "_inputs_struct", None)
+    if isinstance(structure, Mapping) or (structure is None and len(names) > 1):
+        return {name: position for position, name in enumerate(names)}
+    return 0 if len(names) == 1 else list(range(len(names)))
+
+
+def _saved_forward(tf: Any, archive: ModelArchive, task: ScoringTask) -> Forward:
+    with tempfile.TemporaryDirectory(prefix="sparktf-saved-model-") as directory:
+        loaded = tf.saved_model.load(archive.unpack(directory))
+    function = loaded.signatures[task.saved_signature]
+    names = [spec.name for spec in task.signature.outputs]
+    inputs = [spec.name for spec in task.signature.inputs]
+
+    def call(*tensors: Any) -> list[Any]:
+        result = function(**dict(zip(inputs, tensors, strict=True)))
+        return [result[name] for name in names]
+
+    forward = _compiled(tf, call, task)
+    # The signature's function does not keep its variables alive; the object does.
+    forward.__dict__["owner"] = loaded
+    return forward
+
+
+def _compiled(tf: Any, call: Callable[..., list[Any]], task: ScoringTask) -> Forward:
+    """Trace the model once for every batch size, rather than once for each."""
+    specs = [tf.TensorSpec((None, *spec.shape), spec.dtype) for spec in task.signature.inputs]
+    small = (tf.float16, tf.bfloat16)
+
+    def widened(*tensors: Any) -> list[Any]:
+        return [tf.cast(t, tf.float32) if t.dtype in small else t for t in call(*tensors)]
+
+    function = tf.function(widened, input_signature=specs, autograph=False)
+
+    def forward(tensors: list[np.ndarray]) -> list[np.ndarray]:
+        given = [tf.constant(t, spec.dtype) for t, spec in zip(tensors, specs, strict=True)]
+        return [result.numpy() for result in function(*given)]
+
+    return forward
+
+
+def _run(forward: Forward, task: ScoringTask, tensors: list[np.ndarray]) -> list[np.ndarray]:
+    """Run the model in even slices of at most ``batch_size`` rows."""
+    rows = len(tensors[0])
+    if rows == 0:
+        shapes = [(0, *(length or 0 for length in spec.shape)) for spec in task.signature.outputs]
+        return [np.zeros(shape, np.float32) for shape in shapes]
+    slices = -(-rows // task.batch_size)
+    edges = [rows * i // slices for i in range(slices + 1)]
+    parts = [forward([t[a:b] for t in tensors]) for a, b in pairwise(edges)]
+    return parts[0] if slices == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def _gather(batches: Iterator[tuple[pa.Array, ...]], rows: int) -> Iterator[tuple[pa.Array, ...]]:
+    """Join small Arrow batches until there are ``rows`` rows or more; never split one."""
+    held: list[tuple[pa.Array, ...]] = []
+    for arrays in batches:
+        held.append(arrays)
+        if sum(len(a[0]) for a in held) >= rows:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[pa.Array, ...]]) -> tuple[pa.Array, ...]:
+    return held[0] if len(held) == 1 else tuple(pa.concat_arrays(parts) for parts in zip(*held, strict=True))
+
+
+def _valid(array: pa.Array) -> np.ndarray | None:
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    mask: np.ndarray | None = None
+    if array.null_count:
+        mask = array.is_valid().to_numpy(zero_copy_only=False)
+    if is_list(array.type):
+        # flatten() and list_parent_indices() both leave out what stands under a null list.
+        inside = _valid(array.flatten())
+        if inside is not None:
+            mask = np.ones(len(array), bool) if mask is None else mask.copy()
+            mask[pc.list_parent_indices(array).to_numpy()[~inside]] = False
+    return mask
