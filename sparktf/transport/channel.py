@@ -8,8 +8,8 @@ import struct
 import threading
 from collections.abc import Callable
 
-# The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time that
-# passed before a partial receive is not counted twice.
+# The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time
+# that passed before a partial receive is not counted twice.
 _WAITS = 4
 
 
@@ -115,25 +115,26 @@ class Channel:
 class Outbox:
     """Sends in order: small pieces at once, large ones in a thread, so that the caller can receive meanwhile.
 
-    Once a piece has gone to the thread all later ones do until `flush`: a small piece that waited in the caller
-    for a full connection could keep it from reading, and a ring of such callers would never move.
+    Once a piece has gone to the thread all later ones do until `flush`: a small piece that waited in the
+    caller for a full connection could keep it from reading, and a ring of such callers would never move.
 
     Parameters
     ----------
     inline_bytes : int
         Largest piece sent by the caller itself; it must fit the kernel's buffers twice.
     on_error : callable
-        Called in the thread with the `Gone` or `Silent` that ended it.
+        Called in the thread with what went wrong, mostly `Gone` or `Silent`; nothing is sent from then on.
     """
 
-    def __init__(self, inline_bytes: int, on_error: Callable[[Gone | Silent], None]) -> None:
+    def __init__(self, inline_bytes: int, on_error: Callable[[Exception], None]) -> None:
         self._inline_bytes = inline_bytes
         self._on_error = on_error
         self._threaded = False
+        self._closing = False
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[tuple[Channel, bytes, memoryview] | None] = queue.SimpleQueue()
         self._drained = threading.Semaphore(0)
-        self._error: Gone | Silent | None = None
+        self._error: Exception | None = None
 
     def post(self, channel: Channel, view: memoryview, header: bytes = b"") -> None:
         """Send, or queue, one piece; its memory must stay as it is until it has left."""
@@ -164,8 +165,6 @@ class Outbox:
             self._thread.join()
             self._thread = None
 
-    _closing = False
-
     def _run(self) -> None:
         while True:
             job = self._jobs.get()
@@ -177,7 +176,8 @@ class Outbox:
                 channel, header, view = job
                 try:
                     channel.send(header, view)
-                except (Gone, Silent) as exc:
+                except Exception as exc:
+                    # Kept for `flush`: an error that ended this thread would leave the caller waiting.
                     self._error = exc
                     self._on_error(exc)
             del job

@@ -46,8 +46,9 @@ class Communicator(ABC):
     - `TransportError`: ranks called operations that do not match, or the communicator is closed;
     - `ParamError`: an argument cannot work; raised before anything is sent, the communicator stays usable.
 
-    After any but `ParamError` the communicator is dead, and the contents of arrays given to the operation that
-    failed are undefined. Operations of one communicator run one at a time; a second thread waits for the first.
+    After any but `ParamError` the communicator is dead, and the contents of arrays given to the operation
+    that failed are undefined. Operations of one communicator run one at a time; a second thread waits for the
+    first.
 
     Arrays may have any shape and length, none included. Supported dtypes: float16, float32, float64, bfloat16
     (of ml_dtypes), int8, uint8, int32, int64 and bool. Arrays that are written in place must be writable;
@@ -130,8 +131,8 @@ class Communicator(ABC):
     def send(self, peer: int, array: Array) -> None:
         """Send an array to one rank, which calls `recv` with an array of the same dtype and size.
 
-        It returns when `array` may be changed again, which says nothing about what has arrived. Two ranks that
-        send to each other before either receives may block each other until the timeout.
+        It returns when `array` may be changed again, which says nothing about what has arrived. Two ranks
+        that send to each other before either receives may block each other until the timeout.
         """
 
     @abstractmethod

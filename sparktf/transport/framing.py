@@ -1,7 +1,7 @@
 """Length-prefixed frames over a stream socket, with deadlines.
 
-A frame is one byte of kind, eight bytes of payload length (network order) and the payload. What a kind means is
-the caller's business. No payload is ever unpickled here or anywhere behind it.
+A frame is one byte of kind, eight bytes of payload length (network order) and the payload. What a kind means
+is the caller's business. No payload is ever unpickled here or anywhere behind it.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ Four frames, each at most a few KiB::
     initiator -> acceptor   PROOF      HMAC-SHA256(secret, role, both nonces, both identities)
     acceptor  -> initiator  PROOF      the same with the other role
 
-The acceptor proves itself last: whoever does not hold the secret learns nothing made from it. The proofs cover
-both identities, so neither can be changed on the way; the role in them keeps a proof from being sent back. This
-authenticates the connection's ends; what travels afterwards is neither encrypted nor signed.
+The acceptor proves itself last: a stranger that connects learns nothing made from the secret. The proofs
+cover both identities, so neither can be changed on the way; the role in them keeps a proof from being sent
+back. This authenticates the connection's ends; what travels afterwards is neither encrypted nor signed.
 """
 
 from __future__ import annotations

@@ -8,31 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import queue
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from sparktf._version import __version__
 from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError
-from sparktf.transport.handshake import Identity, accept, initiate
+from sparktf.transport.doorman import CONTROL, DATA, Doorman, Group
+from sparktf.transport.handshake import initiate
 
 Exchange = Callable[[bytes], list[bytes]]
 
-_Arrival = tuple[str, int, socket.socket]
-
-DATA, CONTROL = "data", "control"
-# A peer answers in milliseconds; a stranger that says nothing is dropped after this many seconds.
-_STRANGER_SECONDS = 10.0
-# Strangers may not make us start threads without end; with more than these at once, newcomers are dropped and
-# genuine peers come through once the silent ones have timed out.
-_MOST_HANDSHAKES = 256
 # The kernel doubles the number and cuts it to net.core.[rw]mem_max.
 _SOCKET_BUFFER = 4 * 1024 * 1024
 
@@ -56,40 +45,6 @@ class Mesh:
         """Close every connection."""
         for sock in (*self.data.values(), *self.control.values()):
             sock.close()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What every connection of one group is checked against."""
-
-    rank: int
-    size: int
-    job: str
-    secret: bytes
-    deadline: float
-
-    def identity(self, channel: str, peer: int | None) -> Identity:
-        return {
-            "job": self.job,
-            "rank": self.rank,
-            "size": self.size,
-            "version": __version__,
-            "channel": channel,
-            "to": peer,
-        }
-
-    def check(self, theirs: Identity) -> int:
-        """Return the proven peer's rank, or raise `HandshakeError` where it belongs to another group."""
-        for name, ours in (("version", __version__), ("size", self.size), ("job", self.job)):
-            if theirs.get(name) != ours:
-                raise HandshakeError(
-                    f"Expected a peer of {name} {ours!r}. Received: rank {theirs.get('rank')!r} "
-                    f"with {name} {theirs.get(name)!r}. All ranks must be started alike."
-                )
-        rank = theirs.get("rank")
-        if not isinstance(rank, int) or not 0 <= rank < self.size or rank == self.rank:
-            raise HandshakeError(f"Expected a peer's rank in 0..{self.size - 1}. Received: {rank!r}.")
-        return rank
 
 
 def connect_mesh(
@@ -122,16 +77,16 @@ def connect_mesh(
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(host if host is not None else default_host(), size))
         book, job = _exchange_addresses(rank, size, exchange, listener)
-        group = _Group(rank, size, job, secret, time.monotonic() + timeout)
+        group = Group(rank, size, job, secret, time.monotonic() + timeout)
         mesh = Mesh()
         undo = stack.enter_context(ExitStack())
         undo.callback(mesh.close)
-        doorman = stack.enter_context(_Doorman(listener, group))
+        doorman = stack.enter_context(Doorman(listener, group))
         for peer in range(rank):
             for channel in (DATA, CONTROL):
                 mesh.add(channel, peer, _reach(book[peer], group, channel, peer))
         while len(mesh.data) + len(mesh.control) < 2 * (size - 1):
-            mesh.add(*doorman.next(mesh))
+            mesh.add(*doorman.next(set(range(rank + 1, size)) - (set(mesh.data) & set(mesh.control))))
         undo.pop_all()
         return mesh
 
@@ -197,7 +152,7 @@ def _exchange_addresses(
     return book, hashlib.sha256(b"\n".join(entries)).hexdigest()
 
 
-def _reach(address: tuple[str, int], group: _Group, channel: str, peer: int) -> socket.socket:
+def _reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> socket.socket:
     """Connect to a lower rank and shake hands."""
     where = f"rank {peer} at {address[0]}:{address[1]}"
     left = group.deadline - time.monotonic()
@@ -241,109 +196,3 @@ def _dial(address: tuple[str, int], timeout: float) -> socket.socket:
 def _set_buffers(sock: socket.socket) -> None:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
-
-
-class _Doorman:
-    """Accepts connections and shakes hands with each in its own thread: no stranger holds up a peer."""
-
-    def __init__(self, listener: socket.socket, group: _Group) -> None:
-        self._listener = listener
-        self._group = group
-        self._arrived: queue.SimpleQueue[_Arrival | HandshakeError] = queue.SimpleQueue()
-        self._busy: dict[socket.socket, None] = {}
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-        self._closed = False
-        self._refused = ""
-        self._thread = threading.Thread(target=self._accept, name="sparktf-doorman", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._closed = True
-            # Shutting down, unlike closing, wakes the threads that wait in these sockets.
-            for sock in (self._listener, *self._busy):
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        for thread in self._threads:
-            thread.join()
-        while not self._arrived.empty():
-            item = self._arrived.get()
-            if not isinstance(item, HandshakeError):
-                item[2].close()
-
-    def next(self, mesh: Mesh) -> tuple[str, int, socket.socket]:
-        """Return the next peer that has proven itself: channel, rank, socket.
-
-        Parameters
-        ----------
-        mesh : Mesh
-            What has been connected so far, for the message where nobody comes.
-        """
-        group = self._group
-        try:
-            item = self._arrived.get(timeout=max(0.0, group.deadline - time.monotonic()))
-        except queue.Empty:
-            peers = set(range(group.rank + 1, group.size)) - (set(mesh.data) & set(mesh.control))
-            refused = f" Last refused: {self._refused}" if self._refused else ""
-            raise TransportTimeoutError(
-                f"Expected rank(s) {', '.join(map(str, sorted(peers)))} to connect to rank {group.rank} "
-                f"within the timeout.{refused}"
-            ) from None
-        if isinstance(item, HandshakeError):
-            raise item
-        return item
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, address = self._listener.accept()
-            except OSError:
-                # The listener was shut down: everybody is here, or this rank gives up.
-                return
-            thread = threading.Thread(
-                target=self._shake, args=(sock, address), name="sparktf-handshake", daemon=True
-            )
-            with self._lock:
-                if self._closed or len(self._busy) >= _MOST_HANDSHAKES:
-                    sock.close()
-                    continue
-                self._busy[sock] = None
-                self._threads.append(thread)
-                # Inside the lock, so that whoever joins the thread finds it started.
-                thread.start()
-
-    def _shake(self, sock: socket.socket, address: Any) -> None:
-        group = self._group
-        try:
-            deadline = min(group.deadline, time.monotonic() + _STRANGER_SECONDS)
-            theirs = accept(sock, group.secret, group.identity("any", None), deadline)
-        except (HandshakeError, OSError) as exc:
-            # Anybody can connect; only whoever holds the secret may end this rank's waiting.
-            self._refused = f"{address[0]}:{address[1]}: {exc}"
-            self._finish(sock, None)
-            return
-        try:
-            peer = group.check(theirs)
-            if theirs.get("channel") not in (DATA, CONTROL) or theirs.get("to") != group.rank:
-                raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
-        except HandshakeError as exc:
-            self._finish(sock, exc)
-            return
-        self._finish(sock, (theirs["channel"], peer, sock))
-
-    def _finish(self, sock: socket.socket, outcome: _Arrival | HandshakeError | None) -> None:
-        """Let go of a socket: hand it over where it is the outcome, close it otherwise."""
-        with self._lock:
-            # In one step: once `__exit__` has looked, nothing may arrive; once handed over, nothing may shut down.
-            del self._busy[sock]
-            if outcome is not None and not self._closed:
-                self._arrived.put(outcome)
-            if self._closed or not isinstance(outcome, tuple):
-                sock.close()

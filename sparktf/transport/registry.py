@@ -6,12 +6,15 @@ import logging
 from importlib import import_module
 from typing import Protocol
 
-from sparktf.errors import ParamError, ProtocolError
+from sparktf.errors import HandshakeError, ParamError, ProtocolError
 from sparktf.transport.contract import Communicator
 from sparktf.transport.mesh import Exchange
 from sparktf.transport.solo import SoloCommunicator
 
 _LOG = logging.getLogger("sparktf.transport")
+
+# A week, which the system calls behind can still express.
+_LONGEST_TIMEOUT = 7 * 24 * 3600.0
 
 _PROTOCOLS = {
     "tcp": "sparktf.transport.tcp:connect",
@@ -65,14 +68,15 @@ def connect(
     rank, size : int
         This process's number and how many there are.
     exchange : callable
-        ``bytes -> list[bytes]``: gives every rank what all ranks put in, ordered by rank. Called exactly once.
+        ``bytes -> list[bytes]``: gives every rank what all ranks put in, ordered by rank. Called exactly
+        once.
     secret : bytes
         Known to this job's processes only; not empty. 32 random bytes are a good one.
     timeout : float
         Seconds without progress after which an operation fails; also the time that connecting may take.
     host : str or None
-        The address that this rank listens on and tells the others. None: the address of the machine's name, or
-        127.0.0.1 where that has none.
+        The address that this rank listens on and tells the others. None: the address of the machine's name,
+        or 127.0.0.1 where that has none.
 
     Returns
     -------
@@ -93,10 +97,19 @@ def connect(
         raise ParamError(f"Expected integers with 0 <= rank < size. Received: rank={rank!r}, size={size!r}.")
     if not isinstance(secret, bytes) or not secret:
         raise ParamError(f"Expected secret to be bytes, not empty. Received: {type(secret).__name__}.")
-    if not timeout > 0:
-        raise ParamError(f"Expected timeout in seconds, greater than 0. Received: {timeout!r}.")
+    if not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise ParamError(
+            f"Expected timeout in seconds, above 0 and at most {_LONGEST_TIMEOUT}. Received: {timeout!r}."
+        )
+    if host in ("", "0.0.0.0", "::"):
+        raise ParamError(
+            f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "
+            "Pass None for the address of this machine's name."
+        )
     if size == 1:
-        exchange(b"")
+        entries = exchange(b"")
+        if len(entries) != 1:
+            raise HandshakeError(f"Expected the exchange to give 1 entry (size). Received: {len(entries)}.")
         return SoloCommunicator(name)
     module, _, attribute = _PROTOCOLS[name].partition(":")
     connector: _Connector = getattr(import_module(module), attribute)

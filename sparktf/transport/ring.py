@@ -1,13 +1,13 @@
 """Ring collectives, for any link to two neighbours.
 
 The bandwidth-optimal ring of Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations", J. Parallel Distrib. Comput. 69 (2009): every rank sends to its right, receives from its left, and
-2(n-1)/n of the array crosses each link. A shard is reduced along one fixed chain of ranks and then copied, so the
-result has the same bits everywhere and in every run.
+workstations", J. Parallel Distrib. Comput. 69 (2009): every rank sends to its right, receives from its left,
+and 2(n-1)/n of the array crosses each link. A shard is reduced along one fixed chain of ranks and then
+copied, so the result has the same bits everywhere and in every run.
 
-A chunk is passed on as soon as it has arrived, so that sending, receiving and adding overlap. Chunks lie alike on
-all ranks, which makes it safe to receive a finished chunk over the memory that an earlier step has posted: it can
-only arrive after it passed through the posted one's receiver.
+A chunk is passed on as soon as it has arrived, so that sending, receiving and adding overlap. Chunks lie
+alike on all ranks, which makes it safe to receive a finished chunk over memory that an earlier step has
+posted: the finished chunk contains the posted one, so it can only arrive after that has left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 from sparktf.transport.contract import Array
 from sparktf.transport.reduction import as_bytes, chunk_bounds, combine, finish, shard_bounds
 
-# Large enough to make the cost of a system call vanish, small enough for the second-level cache and for overlap.
+# Large enough to make the cost of a system call vanish, small enough for the second-level cache.
 CHUNK_BYTES = 512 * 1024
 
 
@@ -25,7 +25,7 @@ class Neighbours(Protocol):
     """What a ring needs from a protocol."""
 
     def post(self, view: memoryview) -> None:
-        """Send to the right, in order; the memory belongs to the link until `flush` or its receiver's answer."""
+        """Send to the right, in order; the memory must keep its contents until they have left."""
 
     def fill(self, view: memoryview) -> None:
         """Receive exactly these bytes from the left."""

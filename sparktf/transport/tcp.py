@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
 import numpy as np
 
-from sparktf.errors import ParamError, PeerLostError, TransportError, TransportTimeoutError
+from sparktf.errors import ParamError, TransportError
 from sparktf.transport import ring
-from sparktf.transport.channel import Channel, Gone, Outbox, Silent
-from sparktf.transport.contract import Array, Communicator
+from sparktf.transport.channel import Channel, Outbox
+from sparktf.transport.contract import Array
+from sparktf.transport.guard import GuardedCommunicator
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
 from sparktf.transport.reduction import (
     as_bytes,
@@ -22,41 +16,18 @@ from sparktf.transport.reduction import (
     check_op,
     chunk_bounds,
     combine,
-    dtype_code,
     finish,
     op_code,
     shard_bounds,
 )
 from sparktf.transport.watch import Watch
+from sparktf.transport.wire import HEADER_BYTES, describe_header, header_rows, pack_header
 
 # Up to here a thread costs more than it overlaps, and the kernel's smallest buffers hold it.
 _INLINE_BYTES = 64 * 1024
 # A rank may send this much to all others together in one hop rather than around the ring in 2(n-1).
 _DIRECT_BYTES = 64 * 1024
-# How long to wait, after a data connection has ended, for the control connection to say why.
-_WORD_SECONDS = 1.0
-
-# Magic, kind, dtype, op or root; operation number, rows, payload bytes. Sent in front of every operation's data.
-_HEADER = struct.Struct("<HBBHxxQQQ")
-_MAGIC = 0x5F54
-_KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier", "send")
 _EMPTY = np.empty(0, np.uint8)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why the communicator is dead; every operation from then on raises an error made from it."""
-
-    kind: type[TransportError]
-    message: str
-    peer: int | None = None
-    reason: str = ""
-
-    def error(self, operation: str) -> TransportError:
-        message = f"{operation}: {self.message}"
-        if issubclass(self.kind, PeerLostError):
-            return self.kind(message, self.peer, self.reason)
-        return self.kind(message)
 
 
 def connect(
@@ -67,7 +38,7 @@ def connect(
     return TcpCommunicator(rank, size, mesh, timeout)
 
 
-class TcpCommunicator(Communicator):
+class TcpCommunicator(GuardedCommunicator):
     """A communicator over a connected mesh.
 
     Parameters
@@ -83,31 +54,23 @@ class TcpCommunicator(Communicator):
     protocol = "tcp"
 
     def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float) -> None:
-        super().__init__(rank, size)
-        self._timeout = timeout
-        self._lock = threading.RLock()
-        self._failure: _Failure | None = None
-        self._failure_lock = threading.Lock()
-        self._failed = threading.Event()
-        self._released = False
-        self._current = "connecting"
+        super().__init__(rank, size, timeout)
         self._collectives = 0
         self._sent_to = dict.fromkeys(mesh.data, 0)
         self._received_from = dict.fromkeys(mesh.data, 0)
-        self._watch = Watch(mesh.control, self._on_failure, lambda: self._current)
         self._channels = {
-            peer: Channel(sock, peer, timeout, self._watch.ask) for peer, sock in sorted(mesh.data.items())
+            peer: Channel(sock, peer, timeout, self._ask) for peer, sock in sorted(mesh.data.items())
         }
         self._left = self._channels[(rank - 1) % size]
         self._right = self._channels[(rank + 1) % size]
         self._outbox = Outbox(_INLINE_BYTES, self._on_send_error)
-        self._inbox = bytearray(_HEADER.size)
+        self._inbox = bytearray(HEADER_BYTES)
         self._buffers: dict[str, Array] = {}
         # Allocated here rather than in the first operation, which should not be slower than the others.
         self._scratch = self._buffer("scratch", ring.CHUNK_BYTES)
         self._slots = self._buffer("slots", 2 * _DIRECT_BYTES)
-
-    # ---------------------------------------------------------------- collectives
+        # Last, as it may at once hear of a failure and wake what is above.
+        self._watch = Watch(mesh.control, self._on_failure, lambda: self._current)
 
     def all_reduce(self, array: Array, op: str = "sum") -> Array:
         """Reduce in place; see `Communicator`."""
@@ -142,7 +105,7 @@ class TcpCommunicator(Communicator):
             raise ParamError(f"Expected root in 0..{self.size - 1}. Received: {root}.")
         with self._operation("broadcast"):
             flat = np.ascontiguousarray(array).reshape(-1)
-            header = self._header("broadcast", flat, self._next(), root)
+            header = pack_header("broadcast", flat, self._next(), root)
             if self.rank != root:
                 self._expect(self._left, header)
             if self._right.peer != root:
@@ -155,8 +118,6 @@ class TcpCommunicator(Communicator):
         with self._operation("barrier"):
             self._reduce("barrier", _EMPTY, "sum")
 
-    # ---------------------------------------------------------------- point to point
-
     def send(self, peer: int, array: Array) -> None:
         """Send to one rank; see `Communicator`."""
         check_array(array, written=False)
@@ -164,7 +125,7 @@ class TcpCommunicator(Communicator):
         with self._operation(f"send to rank {peer}"):
             flat = np.ascontiguousarray(array).reshape(-1)
             self._sent_to[peer] += 1
-            channel.send(self._header("send", flat, self._sent_to[peer]), as_bytes(flat))
+            channel.send(pack_header("send", flat, self._sent_to[peer]), as_bytes(flat))
             self.stats.bytes_sent += flat.nbytes
 
     def recv(self, peer: int, array: Array) -> Array:
@@ -174,126 +135,24 @@ class TcpCommunicator(Communicator):
         with self._operation(f"recv from rank {peer}"):
             flat = np.ascontiguousarray(array).reshape(-1)
             self._received_from[peer] += 1
-            self._expect(channel, self._header("send", flat, self._received_from[peer]))
+            self._expect(channel, pack_header("send", flat, self._received_from[peer]))
             channel.fill(as_bytes(flat))
             self.stats.bytes_received += flat.nbytes
             return _put_back(flat, array)
 
-    # ---------------------------------------------------------------- leaving
+    def _ask(self) -> None:
+        self._watch.ask()
 
-    def close(self) -> None:
-        """Say goodbye and release everything; see `Communicator`."""
-        with self._lock:
-            if not self._released and self._failure is None:
-                self._watch.tell_bye()
-                self._failure = _Failure(TransportError, "the communicator is closed. Connect again.")
-            self._release()
-
-    def abort(self, reason: str = "") -> None:
-        """Tell everybody, wake everybody, release everything; see `Communicator`."""
-        message = f"rank {self.rank} (this one) aborted: {reason or 'no reason given'}"
-        self._fail(_Failure(PeerLostError, message, self.rank, reason), tell=True)
-        # The operation that another thread may be in has been woken and lets go of the lock.
-        with self._lock:
-            self._release()
-
-    def _release(self) -> None:
-        if self._released:
-            return
-        self._released = True
+    def _wake(self) -> None:
         for channel in self._channels.values():
             channel.shutdown()
+
+    def _free(self) -> None:
         self._outbox.close()
         self._watch.stop()
         for channel in self._channels.values():
             channel.close()
         self._buffers.clear()
-
-    # ---------------------------------------------------------------- failures
-
-    @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
-        """Guard, number and time one operation: whatever goes wrong inside ends the communicator."""
-        with self._lock:
-            number = self.stats.operations + 1
-            current = f"{name} (operation {number})"
-            if self._failure is not None:
-                failure = self._failure
-                self._release()
-                raise failure.error(current)
-            self.stats.operations = number
-            self._current = current
-            begin = time.perf_counter()
-            try:
-                yield
-            except (Gone, Silent) as exc:
-                failure = self._fail(self._explain(exc), tell=True)
-                self._release()
-                raise failure.error(current) from exc
-            except BaseException as exc:
-                # A mismatch, an interrupt from the keyboard, no memory: what is under way can't be resumed.
-                kind = type(exc) if isinstance(exc, TransportError) else TransportError
-                self._fail(_Failure(kind, str(exc), self.rank, f"{current}: {exc!r}"), tell=True)
-                self._release()
-                raise
-            finally:
-                self.stats.seconds += time.perf_counter() - begin
-                self._current = f"its own work, after {current}"
-
-    def _explain(self, exc: Gone | Silent) -> _Failure:
-        """Turn what a connection met into words, with the rank to blame."""
-        if isinstance(exc, Silent):
-            return self._explain_silence(exc)
-        peer = exc.peer
-        deadline = time.monotonic() + _WORD_SECONDS
-        while time.monotonic() < deadline and not self._failed.wait(0.01):
-            if self._watch.left(peer):
-                reason = "it closed its communicator before this operation"
-                return _Failure(PeerLostError, f"lost rank {peer}: {reason}", peer, reason)
-        return self._failure or _Failure(PeerLostError, f"lost rank {peer}: {exc}", peer)
-
-    def _explain_silence(self, exc: Silent) -> _Failure:
-        answers = self._watch.answers()
-        dead = sorted(set(self._channels) - set(answers))
-        # Whoever we wait for may itself wait for the one that is really stuck.
-        blame = exc.peer if exc.peer in dead or not dead else dead[0]
-        if blame in dead:
-            state = "it does not answer at all: its process is stopped, or its machine or network is gone"
-        else:
-            state = f"it is alive, and busy with {answers[blame]}"
-        message = (
-            f"no progress for {self._timeout} s, waiting for rank {exc.peer} ({exc}); rank {blame}: {state}"
-        )
-        return _Failure(TransportTimeoutError, message, blame)
-
-    def _fail(self, failure: _Failure, *, tell: bool) -> _Failure:
-        """Note the first failure, wake whoever waits, tell the others; return the failure that counts."""
-        with self._failure_lock:
-            first = self._failure is None
-            if self._failure is None:
-                self._failure = failure
-            kept = self._failure
-        if first:
-            if tell:
-                blame = self.rank if failure.peer is None else failure.peer
-                self._watch.tell_abort(blame, failure.reason or f"rank {self.rank}: {failure.message}")
-            self._failed.set()
-            for channel in self._channels.values():
-                channel.shutdown()
-        return kept
-
-    def _on_failure(self, peer: int, reason: str, told: bool) -> None:
-        """Hear from the watch that a rank is lost."""
-        message = (
-            f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
-        )
-        self._fail(_Failure(PeerLostError, message, peer, reason), tell=not told)
-
-    def _on_send_error(self, exc: Gone | Silent) -> None:
-        """Hear from the outbox that it is stuck, so that the caller does not go on waiting for data."""
-        self._fail(self._explain(exc), tell=True)
-
-    # ---------------------------------------------------------------- the wire
 
     def post(self, view: memoryview) -> None:
         """Send to the right neighbour (for the ring algorithms)."""
@@ -310,7 +169,7 @@ class TcpCommunicator(Communicator):
         self._outbox.flush()
 
     def _reduce(self, name: str, flat: Array, op: str) -> None:
-        header = self._header(name, flat, self._next(), op_code(op))
+        header = pack_header(name, flat, self._next(), op_code(op))
         if flat.nbytes * (self.size - 1) <= _DIRECT_BYTES:
             self._reduce_directly(header, flat, op)
             return
@@ -343,14 +202,14 @@ class TcpCommunicator(Communicator):
         shape = array.shape or (1,)
         row_bytes = array.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         number = self._next()
-        header = self._header("all_gather", array, number, rows=shape[0])
+        header = pack_header("all_gather", array, number, rows=shape[0])
         result = {self.rank: array.copy()}
         self._post_block(header, array.reshape(-1).view(np.uint8))
         for step in range(self.size - 1):
             self._left.fill(memoryview(self._inbox))
             header = bytes(self._inbox)
-            rows = _HEADER.unpack(header)[5]
-            self._match(header, self._header("all_gather", array, number, rows=rows, nbytes=rows * row_bytes))
+            rows = header_rows(header)
+            self._match(header, pack_header("all_gather", array, number, rows=rows, nbytes=rows * row_bytes))
             block = np.empty(rows * row_bytes, np.uint8)
             last = step == self.size - 2
             if block.nbytes == 0 and not last:
@@ -372,26 +231,6 @@ class TcpCommunicator(Communicator):
         self._collectives += 1
         return self._collectives
 
-    def _header(
-        self,
-        kind: str,
-        flat: Array,
-        number: int,
-        extra: int = 0,
-        *,
-        rows: int | None = None,
-        nbytes: int | None = None,
-    ) -> bytes:
-        return _HEADER.pack(
-            _MAGIC,
-            _KINDS.index(kind),
-            dtype_code(flat.dtype),
-            extra,
-            number,
-            flat.size if rows is None else rows,
-            flat.nbytes if nbytes is None else nbytes,
-        )
-
     def _expect(self, channel: Channel, header: bytes) -> None:
         channel.fill(memoryview(self._inbox))
         if self._inbox != header:
@@ -402,15 +241,15 @@ class TcpCommunicator(Communicator):
             return
         sender = self._left.peer if peer is None else peer
         raise TransportError(
-            f"{self._current}: expected {_describe(expected)} from rank {sender}. Received: "
-            f"{_describe(received)}. All ranks must call the same operations in the same order, "
+            f"{self._current}: expected {describe_header(expected)} from rank {sender}. Received: "
+            f"{describe_header(received)}. All ranks must call the same operations in the same order, "
             "with arrays of the same dtype and size."
         )
 
     def _channel(self, peer: int) -> Channel:
         if peer not in self._channels:
             raise ParamError(
-                f"Expected another rank's number in 0..{self.size - 1}. Received: {peer!r} on rank {self.rank}."
+                f"Expected another rank than {self.rank}, in 0..{self.size - 1}. Received: {peer!r}."
             )
         return self._channels[peer]
 
@@ -429,10 +268,3 @@ def _put_back(flat: Array, array: Array) -> Array:
     if not array.flags.c_contiguous:
         np.copyto(array, flat.reshape(array.shape))
     return array
-
-
-def _describe(header: bytes) -> str:
-    magic, kind, dtype, extra, number, rows, nbytes = _HEADER.unpack(header)
-    if magic != _MAGIC or kind >= len(_KINDS):
-        return "bytes that begin no operation"
-    return f"{_KINDS[kind]} number {number} of {rows} rows, {nbytes} bytes (dtype {dtype}, variant {extra})"

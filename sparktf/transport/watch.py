@@ -28,8 +28,8 @@ class Watch:
     controls : dict of int to socket
         Control connections by peer; they belong to the watch from now on.
     on_failure : callable
-        Called in the watch's thread with (rank to blame, reason, told): told is True where a peer told us, False
-        where its connection ended without a farewell.
+        Called in the watch's thread with (rank to blame, reason, told): told is True where a peer told us,
+        False where its connection ended without a farewell.
     doing : callable
         Returns what this rank is doing, in words, for peers that ask.
     """
@@ -116,8 +116,13 @@ class Watch:
         except (OSError, TransportError) as exc:
             self._ended(peer, str(exc))
             return False
-        for kind, payload in frames:
-            self._act(peer, kind, payload)
+        try:
+            for kind, payload in frames:
+                self._act(peer, kind, payload)
+        except (ValueError, KeyError, TypeError) as exc:
+            # The peer has proven itself, so this is another version or a fault, not an attack.
+            self._on_failure(peer, f"its control message cannot be read: {exc!r}", False)
+            return False
         if not data:
             self._ended(peer, "its connection ended without a goodbye: the process was killed or has crashed")
         return bool(data)

@@ -67,6 +67,7 @@ class FileExchange:
         self._directory, self._rank, self._size = directory, rank, size
 
     def __call__(self, entry: bytes) -> list[bytes]:
+        """Put this rank's entry in and wait for all others'."""
         part = self._directory / f"{self._rank}.part"
         part.write_bytes(entry)
         # Renaming is atomic: nobody reads half an entry.
@@ -172,7 +173,7 @@ def processes(
     """Run ``main(communicator)`` on every rank of a group of processes.
 
     Each rank reports ``{"event": "connected"}`` and then, where `main` raises, ``{"event": "failed", "error",
-    "peer", "reason", "message", "at"}``, ``at`` in seconds of ``time.monotonic()`` (one clock for all processes).
+    "peer", "reason", "message", "at"}``; ``at`` is ``time.monotonic()``, one clock for all processes.
 
     Parameters
     ----------

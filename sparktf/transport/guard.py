@@ -1,0 +1,177 @@
+"""What every protocol with peers shares: one operation at a time, and one failure that ends them all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
+from sparktf.transport.channel import Gone, Silent
+from sparktf.transport.contract import Communicator
+from sparktf.transport.watch import Watch
+
+# How long to wait, after a data connection has ended, for the control connection to say why.
+_WORD_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why the communicator is dead; every operation from then on raises an error made from it."""
+
+    kind: type[TransportError]
+    message: str
+    peer: int | None = None
+    reason: str = ""
+
+    def error(self, operation: str) -> TransportError:
+        message = f"{operation}: {self.message}"
+        if issubclass(self.kind, PeerLostError):
+            return self.kind(message, self.peer, self.reason)
+        return self.kind(message)
+
+
+class GuardedCommunicator(Communicator):
+    """A communicator whose failures are heard of by a `Watch` and shared with all ranks.
+
+    A protocol adds the operations, each within ``with self._operation(name)``, starts `_watch` on its control
+    connections, and says how to wake whoever waits (`_wake`) and how to release what it holds (`_free`).
+
+    Parameters
+    ----------
+    rank, size : int
+        This rank, and the world's size, at least 2.
+    timeout : float
+        Seconds without progress.
+    """
+
+    _watch: Watch
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        super().__init__(rank, size)
+        self._timeout = timeout
+        self._lock = threading.RLock()
+        self._failure: _Failure | None = None
+        self._failure_lock = threading.Lock()
+        self._failed = threading.Event()
+        self._released = False
+        self._current = "connecting"
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Make every pending transfer raise `Gone`, now; called by any thread, perhaps more than once."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Release threads, connections and buffers; called once, by a thread that is in no operation."""
+
+    def close(self) -> None:
+        """Say goodbye and release everything; see `Communicator`."""
+        with self._lock:
+            if not self._released and self._failure is None:
+                self._watch.tell_bye()
+                self._failure = _Failure(TransportError, "the communicator is closed. Connect again.")
+            self._release()
+
+    def abort(self, reason: str = "") -> None:
+        """Tell everybody, wake everybody, release everything; see `Communicator`."""
+        message = f"rank {self.rank} (this one) aborted: {reason or 'no reason given'}"
+        self._fail(_Failure(PeerLostError, message, self.rank, reason), tell=True)
+        # The operation that another thread may be in has been woken and lets go of the lock.
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        self._wake()
+        self._free()
+
+    @contextmanager
+    def _operation(self, name: str) -> Iterator[None]:
+        """Guard, number and time one operation: whatever goes wrong inside ends the communicator."""
+        with self._lock:
+            number = self.stats.operations + 1
+            current = f"{name} (operation {number})"
+            if self._failure is not None:
+                failure = self._failure
+                self._release()
+                raise failure.error(current)
+            self.stats.operations = number
+            self._current = current
+            begin = time.perf_counter()
+            try:
+                yield
+            except (Gone, Silent) as exc:
+                failure = self._fail(self._explain(exc), tell=True)
+                self._release()
+                raise failure.error(current) from exc
+            except BaseException as exc:
+                # A mismatch, an interrupt from the keyboard, no memory: what is under way can't be resumed.
+                kind = type(exc) if isinstance(exc, TransportError) else TransportError
+                self._fail(_Failure(kind, str(exc), self.rank, f"{current}: {exc!r}"), tell=True)
+                self._release()
+                raise
+            finally:
+                self.stats.seconds += time.perf_counter() - begin
+                self._current = f"its own work, after {current}"
+
+    def _explain(self, exc: Gone | Silent) -> _Failure:
+        """Turn what a connection met into words, with the rank to blame."""
+        if isinstance(exc, Silent):
+            return self._explain_silence(exc)
+        peer = exc.peer
+        deadline = time.monotonic() + _WORD_SECONDS
+        while time.monotonic() < deadline and not self._failed.wait(0.01):
+            if self._watch.left(peer):
+                reason = "it closed its communicator before this operation"
+                return _Failure(PeerLostError, f"lost rank {peer}: {reason}", peer, reason)
+        return self._failure or _Failure(PeerLostError, f"lost rank {peer}: {exc}", peer)
+
+    def _explain_silence(self, exc: Silent) -> _Failure:
+        answers = self._watch.answers()
+        dead = sorted(set(range(self.size)) - {self.rank} - set(answers))
+        # Whoever we wait for may itself wait for the one that is really stuck.
+        blame = exc.peer if exc.peer in dead or not dead else dead[0]
+        if blame in dead:
+            state = "it does not answer at all: its process is stopped, or its machine or network is gone"
+        else:
+            state = f"it is alive, and busy with {answers[blame]}"
+        message = (
+            f"no progress for {self._timeout} s, waiting for rank {exc.peer} ({exc}); rank {blame}: {state}"
+        )
+        return _Failure(TransportTimeoutError, message, blame)
+
+    def _fail(self, failure: _Failure, *, tell: bool) -> _Failure:
+        """Note the first failure, wake whoever waits, tell the others; return the failure that counts."""
+        with self._failure_lock:
+            first = self._failure is None
+            if self._failure is None:
+                self._failure = failure
+            kept = self._failure
+        if first:
+            if tell:
+                blame = self.rank if failure.peer is None else failure.peer
+                self._watch.tell_abort(blame, failure.reason or f"rank {self.rank}: {failure.message}")
+            self._failed.set()
+            self._wake()
+        return kept
+
+    def _on_failure(self, peer: int, reason: str, told: bool) -> None:
+        """Hear from the watch that a rank is lost."""
+        message = (
+            f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
+        )
+        self._fail(_Failure(PeerLostError, message, peer, reason), tell=not told)
+
+    def _on_send_error(self, exc: Exception) -> None:
+        """Hear from the outbox that it is stuck, so that the caller does not go on waiting for data."""
+        if isinstance(exc, Gone | Silent):
+            failure = self._explain(exc)
+        else:
+            failure = _Failure(TransportError, f"sending failed: {exc!r}", self.rank)
+        self._fail(failure, tell=True)

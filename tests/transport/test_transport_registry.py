@@ -1,0 +1,54 @@
+import logging
+
+import pytest
+
+from sparktf import transport
+from sparktf.errors import HandshakeError, ParamError, ProtocolError
+
+
+def connect(protocol="tcp", **changes):
+    arguments = {"rank": 0, "size": 1, "exchange": lambda entry: [entry], "secret": b"secret", **changes}
+    return transport.connect(protocol, **arguments)
+
+
+@pytest.mark.parametrize("name", ["shm", "rdma", "carrier pigeon"])
+def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones(name):
+    with pytest.raises(ProtocolError, match=rf"'auto', 'tcp'.*{name}"):
+        connect(name)
+
+
+def test_auto_says_what_it_picked_and_why(caplog):
+    with caplog.at_level(logging.INFO, "sparktf.transport"), connect("auto") as communicator:
+        assert communicator.protocol == "tcp"
+    assert "'auto' is 'tcp': " in caplog.text
+
+
+def test_the_exchange_is_called_once_in_a_world_of_one():
+    calls = []
+    connect(exchange=lambda entry: calls.append(entry) or [entry]).close()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 1},
+        {"rank": -1},
+        {"size": 0},
+        {"secret": b""},
+        {"secret": "text"},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+        {"host": "0.0.0.0"},
+    ],
+    ids=str,
+)
+def test_an_argument_that_cannot_work_is_refused(changes):
+    with pytest.raises(ParamError, match="Received"):
+        connect(**changes)
+
+
+def test_an_exchange_of_another_world_is_refused():
+    with pytest.raises(HandshakeError, match="Received: 2"):
+        connect(exchange=lambda entry: [entry, entry])
