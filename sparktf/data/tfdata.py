@@ -138,10 +138,10 @@ class _Feed:
 
     def structure(self, tensors: dict[str, Any]) -> tuple[Any, ...]:
         """Arrange tensors by column name as Keras takes them."""
-        x = self._pack({name: tensors[name] for name in self._features})
+        x = _tuples(self._pack({name: tensors[name] for name in self._features}))
         if not self._labels:
             return (x,)
-        y = self._pack_y({name: tensors[name] for name in self._labels})
+        y = _tuples(self._pack_y({name: tensors[name] for name in self._labels}))
         return (x, y) if self._weight is None else (x, y, tensors[self._weight])
 
     def chunk_rows(self, batch_size: int, chunk_bytes: int) -> int:
@@ -184,6 +184,15 @@ class _Feed:
 
 def _single(tensors: dict[str, Any]) -> Any:
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors
+
+
+def _tuples(structure: Any) -> Any:
+    """Make tuples of lists, which tf.data would stack into one tensor; Keras takes either."""
+    if isinstance(structure, (list, tuple)) and not hasattr(structure, "_fields"):
+        return tuple(_tuples(part) for part in structure)
+    if isinstance(structure, dict):
+        return {name: _tuples(part) for name, part in structure.items()}
+    return structure
 
 
 def _known(spec: ColumnSpec) -> tuple[int, ...]:
