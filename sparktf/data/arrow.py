@@ -7,7 +7,7 @@ with type 0 for sparse and 1 for dense; strings become offsets and bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, NoReturn
 
@@ -15,43 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sparktf.data.blocks import Block, Bytes, Dense, Vectors
 from sparktf.data.columns import STRING, ColumnSpec, is_permuted, resolve_shape
 from sparktf.data.faults import Faults
 from sparktf.errors import DataError
 
 VECTOR_FIELDS = {"type", "size", "indices", "values"}
 _SPARSE = 0
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Rows of equal length: ``values`` is flat, C order, ``rows * size`` long."""
-
-    values: np.ndarray
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Strings: ``lengths`` (int64, one a value) and their bytes, one after the other (uint8)."""
-
-    lengths: np.ndarray
-    data: np.ndarray
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """MLlib vectors as they come: a dense row has no indices, a sparse one as many as values.
-
-    ``value_lengths`` and ``index_lengths`` are int64, one a row; ``values`` float64, ``indices`` int32.
-    """
-
-    value_lengths: np.ndarray
-    index_lengths: np.ndarray
-    values: np.ndarray
-    indices: np.ndarray
-
-
-Block = Dense | Bytes | Vectors
 
 
 def is_vector(kind: pa.DataType) -> bool:

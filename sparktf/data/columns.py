@@ -64,7 +64,7 @@ class ColumnSpec:
         The column's part. NaN is refused in features, labels and weights, a negative value in weights.
     nullable : bool
         Whether nulls are taken: they become NaN, an empty string or False. Not for integers, which have no
-        value to spare.
+        value to spare, nor for weights.
 
     Raises
     ------
@@ -93,10 +93,10 @@ class ColumnSpec:
                 f"column {self.source!r}: expected a kind of {', '.join(KINDS)}. Received: {self.kind!r}"
             )
         dtype = self.numpy_dtype
-        if self.nullable and dtype.kind in "iu":
+        if self.nullable and (dtype.kind in "iu" or self.kind in ("weight", "id")):
             raise ParamError(
-                f"column {self.source!r}: an integer tensor ({self.dtype}) has no value for a null; "
-                "use a float dtype or nullable=False"
+                f"column {self.source!r}: a {self.kind} of dtype {self.dtype} has no value for a null. Expected: "
+                "a float, bool or string feature or label, or nullable=False"
             )
 
     @property

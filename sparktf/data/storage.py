@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from sparktf.data.arrow import Block, Bytes, Dense
+from sparktf.data.blocks import Block, Bytes, Dense
 from sparktf.data.columns import ColumnSpec, numpy_dtype
 from sparktf.errors import ClusterError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sparktf.data.arrow import Bytes, ColumnReader, Dense, Vectors
+from sparktf.data.arrow import ColumnReader
+from sparktf.data.blocks import Bytes, Dense, Vectors
 from sparktf.data.columns import ColumnSpec
 from sparktf.errors import DataError
 

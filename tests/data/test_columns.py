@@ -66,6 +66,7 @@ def test_a_shape_may_be_given_as_a_list_and_its_size_is_open_with_an_open_length
         {"dtype": "float31"},
         {"kind": "features"},
         {"dtype": "int64", "nullable": True},
+        {"kind": "weight", "nullable": True},
     ],
 )
 def test_a_spec_that_cannot_work_is_refused_when_made(change):
