@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -189,9 +190,9 @@ class ModelArchive:
 
 def custom_objects() -> dict[str, Any]:
     """Return a snapshot of Keras's registry of custom classes and functions: ``{"package>name": object}``."""
-    import keras
-
-    return dict(keras.saving.get_custom_objects())
+    # Where Keras was never imported, nothing is registered; importing it to see that would take seconds.
+    keras = sys.modules.get("keras")
+    return dict(keras.saving.get_custom_objects()) if keras is not None else {}
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def feed_expression(schema: T.StructType, item: ModelInput) -> Column:
 
 
 def quoted(schema: T.StructType, name: str) -> str:
-    """Return a column's name as Spark SQL reads it: a top-level column in backticks, else a path in structs."""
+    """Return a column's name as Spark SQL reads it: in backticks, or as it is where it is a path."""
     return "`" + name.replace("`", "``") + "`" if name in schema.names else name
 
 

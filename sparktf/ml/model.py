@@ -1,0 +1,300 @@
+"""TFModel: a trained model as a Spark ML Transformer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import pyarrow as pa
+from pyspark.ml import Model
+from pyspark.ml.functions import array_to_vector
+from pyspark.sql import functions as F
+
+from sparktf.data.columns import ColumnSpec
+from sparktf.errors import ParamError, PersistenceError
+from sparktf.ml.archive import KERAS, ModelArchive, custom_objects
+from sparktf.ml.inputs import ModelInput, choose_inputs, feed_expression
+from sparktf.ml.outputs import OutputField, plan_outputs, struct_type
+from sparktf.ml.params import _TFModelParams
+from sparktf.ml.payload import payload_for
+from sparktf.ml.persistence import ModelPersistence
+from sparktf.ml.scoring import ScoringTask, import_tensorflow, score
+from sparktf.ml.signature import ModelSignature, TensorSpec
+
+if TYPE_CHECKING:
+    import keras
+    from pyspark.sql import Column, DataFrame
+
+    from sparktf.ml.summary import TrainingSummary
+
+
+class _Trained:
+    """What copies of a model share: the archive, and what was read from it so far."""
+
+    def __init__(
+        self,
+        archive: ModelArchive,
+        signature: ModelSignature | None,
+        objects: Mapping[str, Any],
+        saved_signature: str,
+    ) -> None:
+        self.archive = archive
+        self.objects = dict(objects)
+        self.saved_signature = saved_signature
+        self._signature = signature
+        self._model: Any = None
+        self._lock = threading.RLock()
+
+    @property
+    def model(self) -> keras.Model:
+        with self._lock:
+            if self._model is None:
+                self._model = self.archive.load(custom_objects=self.objects)
+            return self._model
+
+    def check(self, safe_mode: bool) -> None:
+        """Rebuild the model now, so that what is missing or refused shows early; keep it."""
+        with self._lock:
+            self._model = self.archive.load(custom_objects=self.objects, safe_mode=safe_mode)
+
+    @property
+    def signature(self) -> ModelSignature:
+        with self._lock:
+            if self._signature is None:
+                self._signature = ModelSignature.of(self.model)
+            return self._signature
+
+
+class TFModel(Model, _TFModelParams, ModelPersistence):
+    """A trained model that scores DataFrames: what ``TFEstimator.fit`` returns.
+
+    ``transform`` adds columns and keeps all others. From the model's compiled loss: classification gives
+    double ``predictionCol``, vector ``probabilityCol`` and vector ``rawPredictionCol`` (logits where the
+    model gives logits, else log p; two classes for one sigmoid unit); everything else gives
+    ``predictionCol`` as a double, or as an array where the model gives several numbers. ``outputMapping``
+    adds raw outputs. An empty column name switches a column off. A row with a null in its features gets
+    nulls.
+
+    See Also
+    --------
+    TFModel.fromKeras, TFModel.fromSavedModel : models that were trained elsewhere.
+    """
+
+    _trained: _Trained
+    _summary: TrainingSummary | None
+
+    @classmethod
+    def _create(
+        cls,
+        archive: ModelArchive,
+        *,
+        uid: str | None = None,
+        summary: TrainingSummary | None = None,
+        signature: ModelSignature | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
+        saved_signature: str = "",
+    ) -> Self:
+        """Make a model of an archive.
+
+        Parameters
+        ----------
+        archive : ModelArchive
+        uid : str, optional
+            The estimator's, for a model that it made.
+        summary : TrainingSummary, optional
+        signature : ModelSignature, optional
+            None: read from the archive when first needed, which loads the model into this process.
+        custom_objects : mapping, optional
+            Keras's registry at the time of the fit.
+        saved_signature : str
+            Which signature to call, for a SavedModel.
+        """
+        model = cls()
+        if uid is not None:
+            model._resetUid(uid)
+        model._trained = _Trained(archive, signature, custom_objects or {}, saved_signature)
+        model._summary = summary
+        return model
+
+    @classmethod
+    def fromKeras(cls, model_or_path: Any, *, safe_mode: bool = True, **params: Any) -> Self:
+        """Make a stage of a Keras model that was trained elsewhere.
+
+        Parameters
+        ----------
+        model_or_path : keras.Model or path
+            A built model, compiled where probabilities are wanted; or a ``.keras`` file on the driver.
+        safe_mode : bool
+            Refuse files that hold Python code (Lambda layers). Objects are always trusted.
+        **params
+            Params of TFModel: ``featuresCol="pixels"``, ...
+
+        Raises
+        ------
+        PersistenceError
+            The model was never built, Keras cannot save it, or the file cannot be loaded.
+        """
+        import keras
+
+        if isinstance(model_or_path, keras.Model):
+            archive = ModelArchive.from_model(model_or_path)
+            model = model_or_path
+        elif isinstance(model_or_path, str | os.PathLike):
+            archive = ModelArchive.from_file(os.fspath(model_or_path))
+            if archive.kind != KERAS:
+                raise PersistenceError(
+                    f"{model_or_path!s} is a SavedModel. Load it with TFModel.fromSavedModel"
+                )
+            model = archive.load(safe_mode=safe_mode)
+        else:
+            raise TypeError(
+                f"expected a keras.Model or the path of a .keras file. Received: {model_or_path!r} of type "
+                f"{type(model_or_path).__name__}"
+            )
+        signature = ModelSignature.of(model)
+        return cls._create(archive, signature=signature, custom_objects=custom_objects())._set(**params)
+
+    @classmethod
+    def fromSavedModel(cls, path: Any, signature: str = "serving_default", **params: Any) -> Self:
+        """Make a stage of a TensorFlow SavedModel directory on the driver.
+
+        Parameters
+        ----------
+        path : path
+            The directory that holds ``saved_model.pb``.
+        signature : str
+            Which of its signatures to call.
+        **params
+            Params of TFModel, above all ``inputMapping`` and ``outputMapping`` by the signature's names.
+
+        Raises
+        ------
+        PersistenceError
+            There is no SavedModel.
+        ParamError
+            It has no such signature.
+        """
+        archive = ModelArchive.from_file(os.fspath(path))
+        if archive.kind == KERAS:
+            raise PersistenceError(f"{path!s} is a .keras archive. Load it with TFModel.fromKeras")
+        shapes = _saved_signature(os.fspath(path), signature)
+        return cls._create(archive, signature=shapes, saved_signature=signature)._set(**params)
+
+    @property
+    def model(self) -> keras.Model:
+        """The trained ``keras.Model``, compiled, with its optimizer's state; loaded once, on the driver."""
+        return self._trained.model
+
+    @property
+    def hasSummary(self) -> bool:
+        """Whether this model knows how it was trained."""
+        return self._summary is not None
+
+    @property
+    def summary(self) -> TrainingSummary:
+        """How the fit went.
+
+        Raises
+        ------
+        RuntimeError
+            There is none.
+        """
+        if self._summary is None:
+            raise RuntimeError(f"{self.uid} has no training summary: it was not made by TFEstimator.fit")
+        return self._summary
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        signature = self._trained.signature
+        fields = plan_outputs(
+            signature,
+            self.getPredictionCol(),
+            self.getProbabilityCol(),
+            self.getRawPredictionCol(),
+            self.getOutputMapping(),
+        )
+        for field in fields:
+            if field.column in dataset.columns:
+                raise ParamError(
+                    f"column {field.column!r} is in the DataFrame already. Expected a new name for the "
+                    f"model's {field.role}, or drop the column first"
+                )
+        inputs = choose_inputs(
+            signature, self.getFeaturesCol(), self._get(self.inputCols), self.getInputMapping()
+        )
+        expressions = [feed_expression(dataset.schema, item) for item in inputs]
+        if not fields:
+            return dataset
+        task = self._task(inputs, fields, dataset)
+        scored = f"{self.uid}__scored"
+        frame = dataset.withColumn(scored, _udf(task, len(inputs))(*expressions))
+        return frame.withColumns({f.column: _output_column(scored, f) for f in fields}).drop(scored)
+
+    def _task(self, inputs: list[ModelInput], fields: list[OutputField], dataset: DataFrame) -> ScoringTask:
+        archive = self._trained.archive
+        specs = [
+            # Nulls are gone when a column is read; nullable lets NaN through, as the model's own business.
+            ColumnSpec(
+                f"input_{i}", item.spec.shape, item.spec.dtype, item.source, nullable=_holds_nan(item.spec)
+            )
+            for i, item in enumerate(inputs)
+        ]
+        return ScoringTask(
+            digest=archive.digest,
+            archive=payload_for(archive, dataset.sparkSession),
+            signature=self._trained.signature,
+            columns=tuple(specs),
+            fields=tuple(fields),
+            batch_size=self.getPredictBatchSize(),
+            custom_objects=self._trained.objects | custom_objects(),
+            saved_signature=self._trained.saved_signature,
+        )
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_trained"):
+            return self.uid
+        archive = self._trained.archive
+        trained = f", epochs={self._summary.epochs}" if self._summary is not None else ""
+        return f"TFModel: uid={self.uid}, archive={archive.size:,} bytes{trained}"
+
+
+def _output_column(struct: str, field: OutputField) -> Column:
+    column = F.col(f"`{struct}`.`{field.field}`")
+    # The function behind array_to_vector fails on a null.
+    return F.when(column.isNotNull(), array_to_vector(column)) if field.is_vector else column
+
+
+def _udf(task: ScoringTask, inputs: int) -> Any:
+    from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]  # left out of pyspark's stubs
+
+    def score_column(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        return score(task, ((array,) for array in batches))
+
+    def score_columns(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
+        return score(task, batches)
+
+    return arrow_udf(score_column if inputs == 1 else score_columns, struct_type(list(task.fields)))
+
+
+def _holds_nan(spec: TensorSpec) -> bool:
+    return "float" in spec.dtype
+
+
+def _saved_signature(path: str, name: str) -> ModelSignature:
+    tf = import_tensorflow(threads=0)
+    signatures = tf.saved_model.load(path).signatures
+    if name not in signatures:
+        raise ParamError(
+            f"signature: expected one of the SavedModel's, {', '.join(signatures) or '(there are none)'}. "
+            f"Received: {name!r}"
+        )
+    function = signatures[name]
+
+    def specs(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(key, tuple(t.shape.as_list()[1:]) if t.shape.rank else (), t.dtype.name)
+            for key, t in tensors.items()
+        )
+
+    return ModelSignature(specs(function.structured_input_signature[1]), specs(function.structured_outputs))

@@ -1,0 +1,337 @@
+"""Saving and loading stages: Spark ML metadata, and the model's archive as a table of chunks beside it.
+
+Layout of a saved stage::
+
+    path/metadata   one JSON line, as Spark ML writes it, with a "sparktf" entry
+    path/archive    Parquet: index (long), data (binary, CHUNK_BYTES or less)
+
+All of it goes through DataFrames, so that it reaches every file system that Spark reaches, from classic Spark
+and from Spark Connect. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import pyarrow as pa
+from pyspark.errors import AnalysisException
+from pyspark.ml.param import Params
+from pyspark.ml.util import (
+    DefaultParamsReader,
+    DefaultParamsWriter,
+    MLReadable,
+    MLReader,
+    MLWritable,
+    MLWriter,
+)
+
+from sparktf._version import __version__
+from sparktf.errors import PersistenceError
+from sparktf.ml.archive import ModelArchive, custom_objects
+from sparktf.ml.payload import is_connect
+from sparktf.ml.signature import ModelSignature
+from sparktf.ml.summary import TrainingSummary
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from sparktf.ml.model import TFModel
+
+FORMAT = 1
+CHUNK_BYTES = 32 << 20
+_TABLE = pa.schema([("index", pa.int64()), ("data", pa.large_binary())])
+
+# Values that are not JSON; the model is saved beside the metadata, the other two cannot be saved at all.
+_NOT_JSON = ("model", "modelFn", "callbacks")
+
+
+class _Writer(MLWriter):
+    """What writers of both stages share."""
+
+    def __init__(self, stage: Params) -> None:
+        super().__init__()
+        self.stage: Any = stage
+
+    def _handleOverwrite(self, path: str) -> None:
+        if is_connect(self.sparkSession):
+            from pyspark.ml.connect.readwrite import RemoteMLWriter
+
+            # Spark's own way goes to a JVM that this process does not have.
+            RemoteMLWriter.handleOverwrite(path, True)
+        else:
+            super()._handleOverwrite(path)
+
+    def save(self, path: str) -> None:
+        """Save the stage.
+
+        Raises
+        ------
+        PersistenceError
+            Something is at the path already, or the stage holds what cannot be saved.
+        """
+        try:
+            super().save(path)
+        except AnalysisException as exc:
+            if exc.getCondition() != "PATH_ALREADY_EXISTS":
+                raise
+            raise PersistenceError(
+                f"there is something at {path!r} already. Use write().overwrite().save(...) to replace it"
+            ) from exc
+
+    def _write(self, path: str, archive: ModelArchive | None, extra: Mapping[str, Any]) -> None:
+        entry: dict[str, Any] = {"format": FORMAT, "versions": versions(), **extra}
+        if archive is not None:
+            entry["archive"] = {
+                "kind": archive.kind,
+                "size": archive.size,
+                "digest": archive.digest,
+                "chunks": -(-archive.size // CHUNK_BYTES),
+            }
+        params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in _NOT_JSON}
+        DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, {"sparktf": entry}, params)
+        if archive is not None:
+            _write_archive(self.sparkSession, archive, os.path.join(path, "archive"))
+
+
+class ModelWriter(_Writer):
+    """Writes a TFModel."""
+
+    def saveImpl(self, path: str) -> None:
+        """Write metadata, summary and archive."""
+        trained, summary = self.stage._trained, self.stage._summary
+        extra = {
+            "signature": trained.signature.to_dict(),
+            "savedSignature": trained.saved_signature,
+            "summary": summary.to_json() if summary is not None else None,
+        }
+        self._write(path, trained.archive, extra)
+
+
+class EstimatorWriter(_Writer):
+    """Writes a TFEstimator and its model."""
+
+    def saveImpl(self, path: str) -> None:
+        """Write metadata, and the compiled model where there is one.
+
+        Raises
+        ------
+        PersistenceError
+            The estimator has a modelFn or callbacks.
+        """
+        for name, fix in {
+            "modelFn": "Give the model itself (model=...) to an estimator that is to be saved",
+            "callbacks": "Clear them first, and set them again after loading",
+        }.items():
+            if self.stage.getOrDefault(name):
+                raise PersistenceError(
+                    f"{self.stage.uid} cannot be saved with {name}: that is Python code, and loading a saved "
+                    f"stage never runs code from a file. {fix}"
+                )
+        model = self.stage.getModel()
+        self._write(path, ModelArchive.from_model(model) if model is not None else None, {})
+
+
+class _Reader(MLReader[Any]):
+    """What readers of both stages share."""
+
+    def __init__(self, cls: type[Any]) -> None:
+        super().__init__()
+        self.cls = cls
+        self._safe_mode = True
+
+    def safeMode(self, value: bool) -> Self:
+        """Set whether a model that holds Python code (Lambda layers) is refused; True unless set."""
+        self._safe_mode = value
+        return self
+
+    def _read(self, path: str) -> tuple[dict[str, Any], dict[str, Any], ModelArchive | None]:
+        metadata = _read_metadata(self.sparkSession, path)
+        expected = f"{self.cls.__module__}.{self.cls.__name__}"
+        if metadata.get("class") != expected:
+            raise PersistenceError(
+                f"expected a saved {expected} at {path!r}. Received: {metadata.get('class')}"
+            )
+        entry = metadata.get("sparktf") or {}
+        check_versions(entry, path)
+        described = entry.get("archive")
+        if described is None:
+            return metadata, entry, None
+        return metadata, entry, _read_archive(self.sparkSession, os.path.join(path, "archive"), described)
+
+
+class ModelReader(_Reader):
+    """Reads a TFModel."""
+
+    def load(self, path: str) -> TFModel:
+        """Load a model; its Keras model is rebuilt at once, so that what is missing shows here.
+
+        Raises
+        ------
+        PersistenceError
+            Not a saved TFModel, other versions, a damaged archive, code in the file, a class that is not
+            registered with Keras.
+        """
+        metadata, entry, archive = self._read(path)
+        if archive is None:
+            raise PersistenceError(f"expected an archive at {path!r}. Received: metadata without one")
+        summary = entry.get("summary")
+        model = self.cls._create(
+            archive,
+            uid=metadata["uid"],
+            summary=TrainingSummary.from_json(summary) if summary else None,
+            signature=ModelSignature.from_dict(entry["signature"]),
+            custom_objects=custom_objects(),
+            saved_signature=entry.get("savedSignature", ""),
+        )
+        DefaultParamsReader.getAndSetParams(model, metadata)
+        if not entry.get("savedSignature"):
+            model._trained.check(self._safe_mode)
+        return cast("TFModel", model)
+
+
+class EstimatorReader(_Reader):
+    """Reads a TFEstimator."""
+
+    def load(self, path: str) -> Any:
+        """Load an estimator, and its model compiled as it was.
+
+        Raises
+        ------
+        PersistenceError
+            As for a model.
+        """
+        metadata, _, archive = self._read(path)
+        estimator = self.cls()
+        estimator._resetUid(metadata["uid"])
+        DefaultParamsReader.getAndSetParams(estimator, metadata)
+        if archive is not None:
+            estimator._set(model=archive.load(safe_mode=self._safe_mode))
+        return estimator
+
+
+class ModelPersistence(MLWritable, MLReadable["TFModel"]):
+    """write, save, read and load of TFModel."""
+
+    def write(self) -> ModelWriter:
+        """Return a writer: ``write().overwrite().save(path)``."""
+        return ModelWriter(cast(Params, self))
+
+    @classmethod
+    def read(cls) -> ModelReader:
+        """Return a reader: ``read().session(spark).load(path)``."""
+        return ModelReader(cls)
+
+    @classmethod
+    def load(cls, path: str, safe_mode: bool = True) -> TFModel:
+        """Load a saved model.
+
+        Parameters
+        ----------
+        path : str
+        safe_mode : bool
+            Refuse a model that holds Python code (Lambda layers). False for files that you trust.
+        """
+        return cls.read().safeMode(safe_mode).load(path)
+
+
+class EstimatorPersistence(MLWritable, MLReadable[Any]):
+    """write, save, read and load of TFEstimator."""
+
+    def write(self) -> EstimatorWriter:
+        """Return a writer: ``write().overwrite().save(path)``."""
+        return EstimatorWriter(cast(Params, self))
+
+    @classmethod
+    def read(cls) -> EstimatorReader:
+        """Return a reader: ``read().session(spark).load(path)``."""
+        return EstimatorReader(cls)
+
+    @classmethod
+    def load(cls, path: str, safe_mode: bool = True) -> Any:
+        """Load a saved estimator.
+
+        Parameters
+        ----------
+        path : str
+        safe_mode : bool
+            Refuse a model that holds Python code (Lambda layers). False for files that you trust.
+        """
+        return cls.read().safeMode(safe_mode).load(path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide whether a saved stage can be read."""
+    import keras
+    import tensorflow as tf
+
+    return {"sparktf": __version__, "keras": keras.__version__, "tensorflow": tf.__version__}
+
+
+def check_versions(entry: Mapping[str, Any], path: str) -> None:
+    """Refuse what another format or another major version of Keras or TensorFlow has written.
+
+    Raises
+    ------
+    PersistenceError
+        With both versions.
+    """
+    saved = entry.get("format")
+    if saved is None:
+        raise PersistenceError(
+            f"expected a stage saved by sparktf at {path!r}. Received: another kind of stage"
+        )
+    if int(saved) > FORMAT:
+        raise PersistenceError(
+            f"{path!r} has format {saved}, of sparktf {entry.get('versions', {}).get('sparktf')}. Expected: "
+            f"format {FORMAT} or older, for sparktf {__version__}. Install the newer version"
+        )
+    ours = versions()
+    for name in ("keras", "tensorflow"):
+        theirs = str(entry.get("versions", {}).get(name, ""))
+        if theirs.split(".")[0] != ours[name].split(".")[0]:
+            raise PersistenceError(
+                f"{path!r} was saved with {name} {theirs}. Expected: the major version of {name} {ours[name]}"
+            )
+
+
+def _read_metadata(spark: SparkSession, path: str) -> dict[str, Any]:
+    try:
+        return DefaultParamsReader.loadMetadata(path, spark)
+    except AnalysisException as exc:
+        if exc.getCondition() != "PATH_NOT_FOUND":
+            raise
+        raise PersistenceError(f"there is no saved stage at {path!r}") from exc
+    except (json.JSONDecodeError, TypeError) as exc:
+        raise PersistenceError(f"the metadata at {path!r} cannot be read: {exc}") from exc
+
+
+def _write_archive(spark: SparkSession, archive: ModelArchive, path: str) -> None:
+    for index, piece in enumerate(archive.chunks(CHUNK_BYTES)):
+        table = pa.table({"index": [index], "data": pa.array([piece], pa.large_binary())}, schema=_TABLE)
+        # One job a chunk: neither this process nor Spark then holds more than one. Weights do not compress.
+        writer = spark.createDataFrame(table).coalesce(1).write.option("compression", "uncompressed")
+        writer.mode("append" if index else "errorifexists").parquet(path)
+
+
+def _read_archive(spark: SparkSession, path: str, described: Mapping[str, Any]) -> ModelArchive:
+    table = spark.read.parquet(path)
+    with tempfile.TemporaryDirectory(prefix="sparktf-load-") as directory:
+        local = os.path.join(directory, "archive")
+        with open(local, "wb") as file:
+            for index in range(described["chunks"]):
+                rows = table.filter(table["index"] == index).select("data").collect()
+                if len(rows) != 1:
+                    raise _damaged(path, f"one chunk {index}", len(rows))
+                file.write(rows[0][0])
+        archive = ModelArchive.from_file(local, move=True)
+    if archive.digest != described["digest"]:
+        raise _damaged(path, f"digest {described['digest']}", archive.digest)
+    return archive
+
+
+def _damaged(path: str, expected: str, received: object) -> PersistenceError:
+    return PersistenceError(f"the archive at {path!r} is damaged: expected {expected}. Received: {received}")
