@@ -1,0 +1,86 @@
+"""What every node of a training job is told; frozen, and sent with the task through Spark's own channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sparktf.cluster.control import ControlAddress
+from sparktf.data.columns import ColumnSpec
+from sparktf.distribute.fit import FitSettings
+
+Pack = Callable[[dict[str, Any]], Any]
+
+
+class Feed(Protocol):
+    """How the columns of the feed fill a model; planned on the driver, completed where the model is."""
+
+    def specs(self, model: Any) -> list[ColumnSpec]:
+        """Return one spec a column of the feed."""
+
+    def packs(self, model: Any) -> tuple[Pack, Pack]:
+        """Return what arranges inputs, and labels, as the model takes them."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a node trains: unpickled late, so that TensorFlow is imported only once the node has set it up.
+
+    Parameters
+    ----------
+    archive : bytes or None
+        A compiled model as a ``.keras`` archive.
+    model_fn : callable or None
+        Makes the model where there is no archive.
+    custom_objects : mapping of str to object
+        The driver's Keras registry.
+    callbacks : tuple of keras.callbacks.Callback
+    feed : Feed
+    """
+
+    archive: bytes | None
+    model_fn: Callable[[], Any] | None
+    custom_objects: Mapping[str, Any]
+    callbacks: tuple[Any, ...]
+    feed: Feed
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A fit, as every node sees it.
+
+    Parameters
+    ----------
+    job_id : str
+        Unique; part of every handshake.
+    world_size : int
+    secret : bytes
+        Known to this job's nodes and driver only.
+    control : ControlAddress or None
+        None where nodes cannot reach the driver (Spark Connect).
+    protocol : str
+    timeout : float
+        Seconds without progress.
+    versions : mapping of str to str
+        The driver's.
+    settings : FitSettings
+    threads : int
+        TensorFlow threads of a node; 0: cores by nodes.
+    executor_cores : int
+        Cores of one executor; 0 where not known.
+    program : bytes
+        A pickled `Program`.
+    """
+
+    job_id: str
+    world_size: int
+    secret: bytes = field(repr=False)
+    control: ControlAddress | None
+    protocol: str
+    timeout: float
+    versions: Mapping[str, str]
+    settings: FitSettings
+    threads: int
+    executor_cores: int
+    program: bytes = field(repr=False)

@@ -1,0 +1,215 @@
+"""Run a training job on a Spark session, from the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sparktf.errors
+from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
+from sparktf.cluster.job import TrainJob
+from sparktf.cluster.node import MODEL, REPORT, RESULT_SCHEMA, train_task
+from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
+from sparktf.distribute.fit import FitSettings
+from sparktf.errors import ClusterError, NodeError, SparktfError
+
+_LOG = logging.getLogger("sparktf.cluster")
+
+# After a node's error has reached the driver, Spark ends the other tasks in about two seconds; a job that still runs
+# after this many is cancelled.
+_CANCEL_SECONDS = 5.0
+# Spark may notice a dead task before the control connection's end has been read.
+_LAST_WORDS_SECONDS = 2.0
+
+Progress = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What comes back from a training job.
+
+    Attributes
+    ----------
+    model_path : str
+        The trained model, a ``.keras`` file in a directory that the caller of `run_training` owns.
+    reports : list of dict
+        One a rank.
+    """
+
+    model_path: str
+    reports: list[dict[str, Any]]
+
+
+def run_training(
+    feed: Any,
+    program: bytes,
+    settings: FitSettings,
+    *,
+    world_size: int,
+    protocol: str,
+    timeout: float,
+    threads: int,
+    directory: str,
+    on_progress: Progress,
+) -> TrainingResult:
+    """Train on the partitions of a DataFrame; return once all nodes are done.
+
+    Parameters
+    ----------
+    feed : DataFrame
+        Of `world_size` partitions, with exactly the columns of the feed.
+    program : bytes
+        A pickled `sparktf.cluster.job.Program`.
+    settings : FitSettings
+    world_size : int
+    protocol : str
+    timeout : float
+        Seconds without progress.
+    threads : int
+        TensorFlow threads of a node; 0: cores by nodes.
+    directory : str
+        Where to put the model.
+    on_progress : callable
+        ``on_progress(rank, report)``, from another thread.
+
+    Raises
+    ------
+    SlotsError, ClusterError
+        The job cannot run on this cluster.
+    NodeError
+        A node failed; with its rank and traceback. sparktf's own errors are raised as they are instead.
+    """
+    spark = feed.sparkSession
+    check_cluster(spark, world_size)
+    job = TrainJob(
+        job_id=uuid.uuid4().hex[:12],
+        world_size=world_size,
+        secret=secrets.token_bytes(32),
+        control=None,
+        protocol=protocol,
+        timeout=timeout,
+        versions=installed_versions(),
+        settings=settings,
+        threads=threads,
+        executor_cores=0 if is_connect(spark) else _executor_cores(spark),
+        program=program,
+    )
+    path = os.path.join(directory, "trained.keras")
+    tag = f"sparktf-{job.job_id}"
+    with contextlib.ExitStack() as stack:
+        server = None
+        if not is_connect(spark):
+            server = stack.enter_context(_control_server(spark, job, path, on_progress, tag))
+            job = replace(job, control=ControlAddress(_driver_host(spark), server.port))
+        stack.enter_context(_tagged(spark, tag))
+        rows = _collect(feed, job, server)
+        return _result(rows, job, path, server is not None and server.model_received)
+
+
+@contextlib.contextmanager
+def _control_server(spark: Any, job: TrainJob, path: str, on_progress: Progress, tag: str) -> Iterator[ControlServer]:
+    timers: list[threading.Timer] = []
+
+    def cancel_later() -> None:
+        timer = threading.Timer(_CANCEL_SECONDS, lambda: spark.interruptTag(tag))
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    bind = spark.sparkContext.getConf().get("spark.driver.bindAddress") or _driver_host(spark)
+    with ControlServer(bind, job.secret, job.job_id, job.world_size, path, on_progress, cancel_later) as server:
+        try:
+            yield server
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+
+@contextlib.contextmanager
+def _tagged(spark: Any, tag: str) -> Iterator[None]:
+    """Tag this thread's Spark jobs; interrupt them where the block is left by an error (Ctrl-C above all)."""
+    spark.addTag(tag)
+    try:
+        yield
+    except BaseException:
+        spark.interruptTag(tag)
+        raise
+    finally:
+        spark.removeTag(tag)
+
+
+def _collect(feed: Any, job: TrainJob, server: ControlServer | None) -> list[Any]:
+    task = functools.partial(train_task, job=job)
+    try:
+        return list(feed.mapInArrow(task, RESULT_SCHEMA, barrier=True).collect())
+    except SparktfError:
+        raise
+    except Exception as error:
+        failure = server.failure(_LAST_WORDS_SECONDS) if server is not None else None
+        raise _node_error(failure, error) from error
+
+
+def _node_error(failure: NodeFailure | None, error: Exception) -> Exception:
+    if failure is None:
+        return NodeError(f"The training job failed on the cluster:\n{error}")
+    if not failure.kind:
+        return NodeError(
+            f"Rank {failure.rank} was lost: {failure.message} (killed, perhaps for its memory). The log of its executor "
+            "says more.",
+            failure.rank,
+        )
+    ours = getattr(sparktf.errors, failure.kind, None)
+    if isinstance(ours, type) and issubclass(ours, SparktfError) and ours is not NodeError:
+        return ours(f"rank {failure.rank}: {failure.message}")
+    return NodeError(
+        f"Rank {failure.rank} failed: {failure.kind}: {failure.message}\n\n{failure.traceback}",
+        failure.rank,
+        failure.traceback,
+    )
+
+
+def _result(rows: list[Any], job: TrainJob, path: str, received: bool) -> TrainingResult:
+    import json
+
+    reports = {row["rank"]: json.loads(bytes(row["payload"])) for row in rows if row["name"] == REPORT}
+    missing = sorted(set(range(job.world_size)) - set(reports))
+    if missing:
+        raise ClusterError(f"Expected a report from {job.world_size} ranks, received none from {missing}.")
+    parts = sorted((row for row in rows if row["name"] == MODEL), key=lambda row: int(row["part"]))
+    if parts:
+        with open(path, "wb") as file:
+            for part in parts:
+                file.write(part["payload"])
+    elif not received:
+        raise ClusterError("Expected the trained model from the chief, received none.")
+    return TrainingResult(path, [reports[rank] for rank in range(job.world_size)])
+
+
+def _driver_host(spark: Any) -> str:
+    return str(spark.sparkContext.getConf().get("spark.driver.host"))
+
+
+def _executor_cores(spark: Any) -> int:
+    """Return the cores of one executor as far as the master or the configuration tells; 0 where neither does."""
+    master = spark.sparkContext.master
+    if master.startswith("local["):
+        # local[4], local[4,2], local[*]
+        cores = master[len("local[") :].rstrip("]").split(",")[0]
+        return int(cores) if cores.isdigit() else 0
+    if master.startswith("local-cluster["):
+        return int(master[len("local-cluster[") :].rstrip("]").split(",")[1])
+    return int(spark.sparkContext.getConf().get("spark.executor.cores", "0"))
+
+
+def temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    """Return a private directory for the files of one job on the driver."""
+    return tempfile.TemporaryDirectory(prefix="sparktf-")

@@ -1,0 +1,195 @@
+"""The barrier task of a fit: rendezvous, spool, train, and the result as rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from sparktf.cluster.control import CHUNK_BYTES, ControlClient
+from sparktf.cluster.job import Program, TrainJob
+from sparktf.cluster.preflight import check_versions, installed_versions
+from sparktf.cluster.spooling import spool_partition
+from sparktf.cluster.threads import quiet_tensorflow, threads_for, use_threads
+from sparktf.cluster.training import make_model, saved_model, train
+from sparktf.distribute.custom_objects import registered
+from sparktf.errors import PeerLostError
+from sparktf.transport import Communicator, connect
+
+_LOG = logging.getLogger("sparktf.cluster")
+
+RESULT_SCHEMA = "rank int, name string, part int, payload binary"
+REPORT, MODEL = "report", "model"
+
+Exchange = Callable[[bytes], list[bytes]]
+
+
+def train_task(batches: Iterable[Any], job: TrainJob) -> Iterator[Any]:
+    """Run one node in a barrier task; the function that `mapInArrow` calls.
+
+    Parameters
+    ----------
+    batches : iterable of pyarrow.RecordBatch
+        The partition.
+    job : TrainJob
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        Of `RESULT_SCHEMA`.
+    """
+    from pyspark import BarrierTaskContext
+
+    context = BarrierTaskContext.get()
+
+    def exchange(payload: bytes) -> list[bytes]:
+        # Spark's all-gather takes text.
+        return [bytes.fromhex(part) for part in context.allGather(payload.hex())]
+
+    addresses = [info.address for info in context.getTaskInfos()]
+    rank = context.partitionId()
+    yield from run_node(batches, job, rank, exchange, addresses)
+
+
+def run_node(
+    batches: Iterable[Any], job: TrainJob, rank: int, exchange: Exchange, addresses: list[str]
+) -> Iterator[Any]:
+    """Run one node, wherever it is.
+
+    Parameters
+    ----------
+    batches : iterable of pyarrow.RecordBatch
+    job : TrainJob
+    rank : int
+    exchange : callable
+        The rendezvous: gives every rank what all ranks put in. Called once, before anything can fail, for a task that
+        fails while another waits in Spark's barrier takes the other's executor with it.
+    addresses : list of str
+        Each rank's executor: equal for ranks that share one.
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        Of `RESULT_SCHEMA`: a report from every rank, and the model from the chief where the driver could not be told.
+    """
+    quiet_tensorflow()
+    control = ControlClient.connect(job.control, job.secret, job.job_id, rank)
+    try:
+        results = _run(batches, job, rank, exchange, addresses, control)
+    except PeerLostError as error:
+        if not error.reason:
+            _tell(control, error)
+            raise
+        # The peer has told the driver and fails its own task; one error is enough.
+        _LOG.info("rank %d leaves: %s", rank, error)
+        results = []
+    except BaseException as error:
+        _tell(control, error)
+        raise
+    finally:
+        control.close()
+    yield from (_row(rank, *result) for result in results)
+
+
+def _tell(control: ControlClient, error: BaseException) -> None:
+    control.error(type(error).__name__, str(error), traceback.format_exc())
+
+
+def _run(
+    batches: Iterable[Any],
+    job: TrainJob,
+    rank: int,
+    exchange: Exchange,
+    addresses: list[str],
+    control: ControlClient,
+) -> list[tuple[str, int, bytes]]:
+    peers: list[dict[str, str]] = []
+
+    def meet(payload: bytes) -> list[bytes]:
+        mine = json.dumps(installed_versions()).encode()
+        everyones = exchange(len(mine).to_bytes(4, "big") + mine + payload)
+        lengths = [int.from_bytes(part[:4], "big") for part in everyones]
+        peers.extend(json.loads(part[4 : 4 + n]) for part, n in zip(everyones, lengths, strict=True))
+        return [part[4 + n :] for part, n in zip(everyones, lengths, strict=True)]
+
+    host = addresses[rank].rsplit(":", 1)[0] if len(set(addresses)) > 1 else "127.0.0.1"
+    with connect(
+        job.protocol,
+        rank=rank,
+        size=job.world_size,
+        exchange=meet,
+        secret=job.secret,
+        timeout=job.timeout,
+        host=host,
+    ) as communicator:
+        check_versions(dict(job.versions), peers)
+        use_threads(threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank])))
+        return _train(batches, job, communicator, control)
+
+
+def _train(
+    batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient
+) -> list[tuple[str, int, bytes]]:
+    from pyspark import cloudpickle
+
+    program: Program = cloudpickle.loads(job.program)
+    chief = communicator.rank == 0
+    with registered(program.custom_objects):
+        started = time.monotonic()
+        model = make_model(program, job.settings.seed)
+        specs = program.feed.specs(model)
+        made = time.monotonic()
+        with spool_partition(batches, specs, communicator, min(10.0, job.timeout / 4)) as spool:
+            fed = time.monotonic()
+            report = control.progress if chief else None
+            fitted, rows = train(program, model, specs, spool, communicator, job.settings, report)
+            spooled = spool.nbytes
+        described = {
+            "protocol": communicator.protocol,
+            "seconds": {
+                "model": made - started,
+                "feed": fed - made,
+                "fit": fitted.seconds,
+                "communicate": fitted.communicate_seconds,
+            },
+            "rows": list(rows.training),
+            "validation_rows": list(rows.validation),
+            "steps_per_epoch": fitted.steps_per_epoch,
+            "epoch_seconds": fitted.epoch_seconds,
+            "history": fitted.history,
+            "notices": fitted.notices,
+            "spooled_bytes": spooled,
+            "process": os.getpid(),
+        }
+        results = [(REPORT, 0, json.dumps(described).encode())]
+        if chief:
+            results += _deliver(model, control)
+    return results
+
+
+def _deliver(model: Any, control: ControlClient) -> list[tuple[str, int, bytes]]:
+    """Send the trained model to the driver; return it as result rows where that cannot be done."""
+    with saved_model(model) as path:
+        if control.connected and control.send_model(path):
+            return []
+        parts: list[tuple[str, int, bytes]] = []
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                parts.append((MODEL, len(parts), chunk))
+        return parts
+
+
+def _row(rank: int, name: str, part: int, payload: bytes) -> Any:
+    import pyarrow as pa
+
+    columns = {
+        "rank": pa.array([rank], pa.int32()),
+        "name": pa.array([name], pa.string()),
+        "part": pa.array([part], pa.int32()),
+        "payload": pa.array([payload], pa.binary()),
+    }
+    return pa.RecordBatch.from_pydict(columns)

@@ -1,0 +1,105 @@
+"""From a partition's Arrow batches to a spool, with the other ranks kept aware that this one still reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sparktf.data.columns import ColumnSpec
+from sparktf.data.spool import Spool, SpoolWriter
+from sparktf.distribute.fit import RankRows
+from sparktf.errors import DataError
+from sparktf.transport import Communicator
+
+_READING, _DONE = b"r", b"d"
+
+
+def local_directory() -> str:
+    """Return one of Spark's local directories, where executors are meant to keep scratch data."""
+    for directory in os.environ.get("SPARK_LOCAL_DIRS", "").split(","):
+        if directory and os.path.isdir(directory) and os.access(directory, os.W_OK):
+            return directory
+    return tempfile.gettempdir()
+
+
+def spool_partition(
+    batches: Iterable[Any], specs: Sequence[ColumnSpec], communicator: Communicator, interval: float
+) -> Spool:
+    """Spool a partition while other ranks spool theirs; return once all have.
+
+    Ranks meet every `interval` seconds until all are done, so that one that is done early does not take a slow one for
+    a dead one.
+
+    Parameters
+    ----------
+    batches : iterable of pyarrow.RecordBatch
+    specs : sequence of ColumnSpec
+    communicator : Communicator
+    interval : float
+        Seconds; well below the communicator's timeout.
+
+    Raises
+    ------
+    DataError
+        A column holds what the model cannot be trained on.
+    TransportError
+        Another rank failed meanwhile.
+    """
+    met = time.monotonic()
+    with SpoolWriter(specs, local_directory()) as writer:
+        for batch in batches:
+            writer.append(batch)
+            if time.monotonic() - met > interval:
+                communicator.all_gather_bytes(_READING)
+                met = time.monotonic()
+        spool = writer.finish()
+    try:
+        while any(state != _DONE for state in communicator.all_gather_bytes(_DONE)):
+            pass
+    except BaseException:
+        spool.close()
+        raise
+    return spool
+
+
+def split_rows(spool: Spool, validation: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the spool's indices of the training and of the validation rows, in the data's order."""
+    if validation is None:
+        return spool.order, spool.order[:0]
+    return spool.select(validation)
+
+
+def agree_on_rows(spool: Spool, training: int, validation: int, communicator: Communicator) -> RankRows:
+    """Tell all ranks how many rows each has, and agree on lengths that the model left open.
+
+    Raises
+    ------
+    DataError
+        Rows of one column differ in length from rank to rank.
+    """
+    mine = {
+        "training": training,
+        "validation": validation,
+        "shapes": {name: spec.shape for name, spec in spool.columns.items()} if spool.rows else {},
+    }
+    everyones = [json.loads(part) for part in communicator.all_gather_bytes(json.dumps(mine).encode())]
+    for name, spec in list(spool.columns.items()):
+        shapes = {tuple(their["shapes"][name]) for their in everyones if name in their["shapes"]}
+        if len(shapes) > 1:
+            raise DataError(
+                f"column {spec.source!r}: expected rows of one length, received {sorted(shapes)} in different partitions."
+            )
+        if shapes:
+            # A rank without rows cannot know the lengths; its batches must have them all the same.
+            spool.columns[name] = replace(spec, shape=shapes.pop())
+    return RankRows(
+        training=tuple(their["training"] for their in everyones),
+        validation=tuple(their["validation"] for their in everyones),
+    )

@@ -1,0 +1,124 @@
+"""What a node does once its partition is spooled: Keras's ``fit`` in step with the others."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sparktf.cluster.job import Program
+from sparktf.cluster.spooling import agree_on_rows, local_directory, split_rows
+from sparktf.data.columns import ColumnSpec
+from sparktf.data.spool import Spool
+from sparktf.data.tfdata import evaluation_dataset, training_dataset
+from sparktf.distribute.build import build_model
+from sparktf.distribute.fit import FitReport, FitSettings, Order, RankRows, fit_rank
+from sparktf.errors import ParamError
+from sparktf.transport import Communicator
+
+
+def make_model(program: Program, seed: int) -> Any:
+    """Return the job's compiled model, from its archive or its function.
+
+    Parameters
+    ----------
+    program : Program
+    seed : int
+        Set before the function is called, so that every rank and every fit initialises alike.
+
+    Raises
+    ------
+    ParamError
+        modelFn returned something else than a compiled model.
+    """
+    import keras
+
+    # Numpy takes 32 bits.
+    keras.utils.set_random_seed(seed % 2**32)
+    if program.archive is not None:
+        return load_model(program.archive)
+    assert program.model_fn is not None  # the driver has checked that one of the two is given
+    model = program.model_fn()
+    if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
+        what = "a model that is not compiled" if isinstance(model, keras.Model) else type(model).__name__
+        raise ParamError(f"Expected modelFn to return a compiled keras.Model, received {what}.")
+    return model
+
+
+def load_model(archive: bytes) -> Any:
+    """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
+    import keras
+
+    with _temporary_file() as path:
+        with open(path, "wb") as file:
+            file.write(archive)
+        return keras.saving.load_model(path, safe_mode=False)
+
+
+@contextmanager
+def saved_model(model: Any) -> Iterator[str]:
+    """Hold a model as a ``.keras`` file for the time of a with block."""
+    with _temporary_file() as path:
+        model.save(path)
+        yield path
+
+
+@contextmanager
+def _temporary_file() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
+        yield os.path.join(directory, "model.keras")
+
+
+def train(
+    program: Program,
+    model: Any,
+    specs: list[ColumnSpec],
+    spool: Spool,
+    communicator: Communicator,
+    settings: FitSettings,
+    report: Callable[[dict[str, Any]], None] | None,
+) -> tuple[FitReport, RankRows]:
+    """Train a model on a spooled partition, together with the other ranks.
+
+    Parameters
+    ----------
+    program : Program
+    model : keras.Model
+        Trained in place.
+    specs : list of ColumnSpec
+    spool : Spool
+    communicator : Communicator
+    settings : FitSettings
+    report : callable or None
+        Receives progress.
+    """
+    validation = next((s.name for s in specs if s.kind == "validation"), None)
+    ours, held_out = split_rows(spool, validation)
+    rows = agree_on_rows(spool, len(ours), len(held_out), communicator)
+    pack, pack_y = program.feed.packs(model)
+    arrangement: dict[str, Any] = {
+        "features": [s.name for s in specs if s.kind == "feature"],
+        "labels": [s.name for s in specs if s.kind == "label"],
+        "weight": next((s.name for s in specs if s.kind == "weight"), None),
+        "pack": pack,
+        "pack_y": pack_y,
+    }
+
+    def training(order: Order, steps: int) -> Any:
+        return training_dataset(spool, lambda: ours[order()], settings.batch_size, steps, **arrangement)
+
+    held_out_batches = None
+    if sum(rows.validation) > 0:
+        held_out_batches = evaluation_dataset(spool, held_out, settings.batch_size, **arrangement)
+    build_model(model, _first_batch(training, rows, settings))
+    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, program.callbacks, report)
+    return fitted, rows
+
+
+def _first_batch(training: Callable[[Order, int], Any], rows: RankRows, settings: FitSettings) -> Any:
+    """Return a batch without rows, for its shapes."""
+    import numpy as np
+
+    return next(iter(training(lambda: np.zeros(0, np.int64), 1)))

@@ -1,0 +1,250 @@
+"""Keras's ``fit`` on one rank, in step with the others."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sparktf.data.batches import StepPlan, epoch_order
+from sparktf.distribute.callbacks import callbacks_of_rank, epoch_callback, progress_callback
+from sparktf.distribute.checks import loss_reduction
+from sparktf.distribute.clock import StepClock
+from sparktf.distribute.model import Coordination, distribute_model, restore_model
+from sparktf.distribute.optimizer import distribute_optimizer, find_optimizers, restore_optimizer
+from sparktf.distribute.reducer import GradientReducer
+from sparktf.distribute.state import broadcast_variables, check_drift, seed_generators
+from sparktf.errors import DataError
+from sparktf.transport import Communicator
+
+Order = Callable[[], "np.ndarray[Any, Any]"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What a fit is told.
+
+    Parameters
+    ----------
+    batch_size : int
+        Rows per worker and step.
+    epochs : int
+    shuffle : bool
+        Permute each rank's rows anew in every epoch.
+    seed : int
+        Fixes the permutations and the seed generators of the model.
+    """
+
+    batch_size: int
+    epochs: int
+    shuffle: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """How many rows every rank holds; one entry a rank."""
+
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+
+
+@dataclass
+class FitReport:
+    """What a fit did.
+
+    Attributes
+    ----------
+    history : dict of str to list of float
+        Keras's history: one entry an epoch; equal on all ranks.
+    epoch_seconds : list of float
+        Wall-clock seconds of each epoch on this rank, validation included.
+    seconds : float
+        Wall-clock seconds of the whole fit on this rank.
+    communicate_seconds : float
+        Seconds of it that this rank spent in collectives.
+    steps_per_epoch : int
+    notices : list of str
+        What was changed for the fit, for people.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epoch_seconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    communicate_seconds: float = 0.0
+    steps_per_epoch: int = 0
+    notices: list[str] = field(default_factory=list)
+
+
+def fit_rank(
+    model: Any,
+    communicator: Communicator,
+    rows: RankRows,
+    training: Callable[[Order, int], Any],
+    validation: Any,
+    settings: FitSettings,
+    callbacks: Sequence[Any] = (),
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> FitReport:
+    """Train a compiled Keras model together with the other ranks.
+
+    Every rank takes the same number of steps; a step's gradient is the one of a single process on the global batch.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled; trained in place. Every rank brings the same model; the chief's weights count.
+    communicator : Communicator
+    rows : RankRows
+    training : callable
+        ``training(order, steps)`` gives a tf.data.Dataset of exactly `steps` batches of (x, y[, weight]); it calls
+        ``order()`` at the start of each epoch for the order of this rank's rows. Batches after the last row are empty.
+    validation : tf.data.Dataset or None
+        This rank's validation batches; None where no rank has any.
+    settings : FitSettings
+    callbacks : sequence of keras.callbacks.Callback
+        This rank's own copies of all of the user's callbacks.
+    report : callable, optional
+        Receives progress (see `progress_callback`).
+
+    Returns
+    -------
+    FitReport
+
+    Raises
+    ------
+    DataError
+        No rank has rows.
+    ParamError
+        The model's losses cannot be reduced exactly over several ranks.
+    DriftError
+        Ranks' weights differ at an epoch's end.
+    TransportError
+        A peer was lost.
+    """
+    plan = StepPlan(rows=rows.training, batch_size=settings.batch_size)
+    if plan.steps == 0:
+        raise DataError("Expected rows to train on, received an empty DataFrame (or only validation rows).")
+    reducer = GradientReducer(communicator)
+    result = FitReport(steps_per_epoch=plan.steps)
+    epoch = _Epoch()
+    clock = StepClock(plan, communicator.rank)
+
+    def order() -> np.ndarray[Any, Any]:
+        mine = rows.training[communicator.rank]
+        return epoch_order(
+            mine, shuffle=settings.shuffle, seed=settings.seed, epoch=epoch.number, rank=communicator.rank
+        )
+
+    def begin(number: int) -> None:
+        clock.reset()
+        epoch.begin(number)
+
+    def end(number: int) -> None:
+        check_drift(model.trainable_variables, communicator, number)
+        if communicator.size > 1:
+            reducer.agree_to_stop()
+        result.epoch_seconds.append(epoch.seconds())
+
+    # Begun before and ended after all of the user's, whose wishes to stop count.
+    around = [epoch_callback(begin, lambda _: None), epoch_callback(lambda _: None, end)]
+    observers = [progress_callback(report, plan.steps)] if report is not None else []
+    mine = callbacks_of_rank(callbacks, communicator.rank)
+    started, talked = time.monotonic(), communicator.stats.seconds
+    with _in_step(model, communicator, reducer, clock, rows, plan, settings, result.notices):
+        history = _fit(
+            model,
+            reducer,
+            training(order, plan.steps),
+            epochs=settings.epochs,
+            validation_data=validation,
+            callbacks=[around[0], *mine, *observers, around[1]],
+        )
+    result.history = {name: [float(v) for v in values] for name, values in history.history.items()}
+    result.seconds = time.monotonic() - started
+    result.communicate_seconds = communicator.stats.seconds - talked
+    return result
+
+
+class _Epoch:
+    """The number of the epoch that runs and when it began."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._began = time.monotonic()
+
+    def begin(self, number: int) -> None:
+        self.number = number
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+def _fit(model: Any, reducer: GradientReducer, dataset: Any, **arguments: Any) -> Any:
+    import tensorflow as tf
+
+    try:
+        return model.fit(dataset, verbose=0, shuffle=False, **arguments)
+    except tf.errors.OpError as error:
+        if reducer.failure is not None:
+            # TensorFlow's own error holds only the text of what was raised inside the step.
+            raise reducer.failure from error
+        raise
+
+
+@contextlib.contextmanager
+def _in_step(
+    model: Any,
+    communicator: Communicator,
+    reducer: GradientReducer,
+    clock: StepClock,
+    rows: RankRows,
+    plan: StepPlan,
+    settings: FitSettings,
+    notices: list[str],
+) -> Iterator[None]:
+    """Hold the model and its optimizers in their distributed form."""
+    broadcast_variables(_all_variables(model), communicator)
+    seed_generators(model, settings.seed, communicator.rank)
+    if communicator.size == 1:
+        yield
+        return
+    coordination = Coordination(
+        communicator,
+        reducer,
+        clock,
+        row_weight=rows.training[communicator.rank] / sum(rows.training),
+        validation_rows=rows.validation[communicator.rank],
+        sum_loss=loss_reduction(model) == "sum",
+        may_idle=any(plan.local_rows(plan.steps - 1, rank) == 0 for rank in range(communicator.size)),
+    )
+    optimizers = find_optimizers(model)
+    with _without_xla(model, notices), contextlib.ExitStack() as stack:
+        for optimizer in optimizers:
+            distribute_optimizer(optimizer, reducer, lambda: coordination.share)
+            stack.callback(restore_optimizer, optimizer)
+        distribute_model(model, coordination)
+        stack.callback(restore_model, model)
+        yield
+
+
+def _all_variables(model: Any) -> list[Any]:
+    variables = [*model.variables, *(v for optimizer in find_optimizers(model) for v in optimizer.variables)]
+    return list({id(v): v for v in variables}.values())
+
+
+@contextlib.contextmanager
+def _without_xla(model: Any, notices: list[str]) -> Iterator[None]:
+    jit = model.jit_compile
+    if jit is True:
+        notices.append("jit_compile=True was set aside for this fit: XLA cannot hold the workers' reduce.")
+        model.jit_compile = False
+    try:
+        yield
+    finally:
+        model.jit_compile = jit

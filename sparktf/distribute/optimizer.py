@@ -1,0 +1,100 @@
+"""Keras optimizers whose gradients are reduced over the ranks before they are applied.
+
+The optimizer's object is kept and its class exchanged for a derived one, so that everything that holds a
+reference to it (the model, schedules, callbacks) sees the change, and so that it can be undone. Reducing happens in
+the outermost optimizer's ``apply``: before loss scaling looks for Inf and NaN (they survive the sum, so that all ranks
+skip the same steps), and before clipping, which is thereby that of the global gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sparktf.distribute.derive import derive, restore
+from sparktf.distribute.reducer import GradientReducer
+from sparktf.errors import ParamError
+
+
+class _ReducingMixin:
+    """`apply` with the gradients reduced first; mixed in before the optimizer's own class."""
+
+    _sparktf_reduce: Callable[[Sequence[Any]], list[Any]]
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        grads = list(grads)
+        present = [i for i, gradient in enumerate(grads) if gradient is not None]
+        if present:
+            for i, gradient in zip(present, self._sparktf_reduce([grads[i] for i in present]), strict=True):
+                grads[i] = gradient
+        return super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+
+def find_optimizers(model: Any) -> list[Any]:
+    """Every Keras optimizer reachable from a model, in an order that is the same on all ranks.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    list of keras.optimizers.Optimizer
+        The compiled one first, then those that the model and its layers hold as attributes (as models with a
+        custom ``train_step`` do). The inner one of a LossScaleOptimizer is not listed: its outer one is.
+
+    Raises
+    ------
+    ParamError
+        For an optimizer that is not Keras 3's.
+    """
+    import keras
+
+    found: dict[int, Any] = {}
+    inner: set[int] = set()
+    for value in _attributes(model):
+        if isinstance(value, keras.optimizers.Optimizer):
+            found[id(value)] = value
+            if isinstance(value, keras.optimizers.LossScaleOptimizer):
+                inner.add(id(value.inner_optimizer))
+        elif hasattr(value, "apply_gradients") and not isinstance(value, type):
+            raise ParamError(
+                f"Expected Keras 3 optimizers, received {type(value).__module__}.{type(value).__qualname__}: its "
+                "gradients cannot be reduced over the workers. Use one from keras.optimizers."
+            )
+    return [optimizer for key, optimizer in found.items() if key not in inner]
+
+
+def _attributes(model: Any) -> Iterator[Any]:
+    if getattr(model, "optimizer", None) is not None:
+        yield model.optimizer
+    for layer in model._flatten_layers():
+        for value in list(vars(layer).values()):
+            if isinstance(value, list | tuple):
+                yield from value
+            elif isinstance(value, dict):
+                yield from value.values()
+            else:
+                yield value
+
+
+def distribute_optimizer(optimizer: Any, reducer: GradientReducer, share: Callable[[], Any]) -> None:
+    """Make an optimizer reduce its gradients over the ranks; undo it with `restore_optimizer`.
+
+    Parameters
+    ----------
+    optimizer : keras.optimizers.Optimizer
+        Changed in place.
+    reducer : GradientReducer
+    share : callable
+        Returns, while a step is traced, the scalar float32 tensor of this rank's share of the step's rows.
+    """
+    key = reducer.new_key()
+    derive(optimizer, _ReducingMixin)
+    object.__setattr__(optimizer, "_sparktf_reduce", lambda grads: reducer.reduce(key, grads, share()))
+
+
+def restore_optimizer(optimizer: Any) -> None:
+    """Undo `distribute_optimizer`."""
+    restore(optimizer)
+    object.__delattr__(optimizer, "_sparktf_reduce")

@@ -1,0 +1,276 @@
+"""The feed of a fit: which columns leave the DataFrame, in which form, and which of the model's tensors they fill.
+
+Planned on the driver from the Params and the schema; sent with the job, so that a node can complete it where only the
+node has the model (``modelFn``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparktf.data.columns import STRING, ColumnSpec
+from sparktf.errors import DataError, ParamError
+from sparktf.ml.schema import TEXT, ColumnType, check_size
+from sparktf.ml.signature import TensorSpec
+
+if TYPE_CHECKING:
+    import keras
+    from pyspark.sql import Column
+
+# Vectors of this many values leave the JVM as they are, so that sparse ones stay sparse; narrower ones as arrays, which
+# Spark serializes five to ten times as fast.
+_WIDE = 4096
+
+ID, WEIGHT, VALIDATION = "id", "weight", "validation"
+
+
+@dataclass(frozen=True)
+class FeedColumn:
+    """One tensor and the DataFrame's columns that fill it.
+
+    Parameters
+    ----------
+    name : str
+        The column's name in the feed.
+    target : str or None
+        The model's input or output; None where the model has one and nobody named it.
+    columns : tuple of ColumnType
+        Several are packed into one array, in this order.
+    """
+
+    name: str
+    target: str | None
+    columns: tuple[ColumnType, ...]
+
+    @property
+    def source(self) -> str:
+        """The user's columns, for messages."""
+        return ", ".join(c.column for c in self.columns)
+
+    def expression(self) -> Column:
+        """Return what to select in the JVM: a lone column as it is, several packed into one array."""
+        from pyspark.sql import functions as F
+
+        if len(self.columns) == 1:
+            return _lone(self.columns[0]).alias(self.name)
+        element = self._packed_element()
+        if all(c.depth == 0 for c in self.columns):
+            return F.array(*[F.col(c.sql).cast(element) for c in self.columns]).alias(self.name)
+        parts = [_as_array(c, element) for c in self.columns]
+        return F.concat(*parts).alias(self.name)
+
+    def _packed_element(self) -> str:
+        kinds = {c.kind for c in self.columns}
+        if len(kinds) > 1:
+            raise DataError(
+                f"Expected columns of one kind to pack into one input, received text beside numbers: {self.source}."
+            )
+        if kinds == {TEXT}:
+            return "string"
+        # float holds integers up to 2**24 exactly; ids beyond that come as columns of integers alone.
+        return "bigint" if all(c.integral for c in self.columns) else "float"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Everything that leaves the DataFrame for a fit.
+
+    Parameters
+    ----------
+    inputs, labels : tuple of FeedColumn
+    weight, validation : ColumnType or None
+    """
+
+    inputs: tuple[FeedColumn, ...]
+    labels: tuple[FeedColumn, ...]
+    weight: ColumnType | None = None
+    validation: ColumnType | None = None
+
+    def expressions(self) -> list[Column]:
+        """Return the columns to select from the DataFrame, without the row's id."""
+        from pyspark.sql import functions as F
+
+        selected = [c.expression() for c in (*self.inputs, *self.labels)]
+        if self.weight is not None:
+            selected.append(F.col(self.weight.sql).cast("float").alias(WEIGHT))
+        if self.validation is not None:
+            selected.append(F.col(self.validation.sql).alias(VALIDATION))
+        return selected
+
+    def specs(self, model: keras.Model) -> list[ColumnSpec]:
+        """Say how each column of the feed becomes a tensor of a model.
+
+        Parameters
+        ----------
+        model : keras.Model
+
+        Raises
+        ------
+        ParamError
+            A name in inputMapping or labelMapping is not one of the model's.
+        DataError
+            Columns cannot fill an input.
+        """
+        specs = [_input_spec(c, t) for c, t in _pair(self.inputs, model_inputs(model), "inputMapping")]
+        specs += [_label_spec(c) for c in self.labels]
+        if self.weight is not None:
+            specs.append(ColumnSpec(WEIGHT, (), "float32", self.weight.column, "weight"))
+        if self.validation is not None:
+            specs.append(ColumnSpec(VALIDATION, (), "bool", self.validation.column, "validation"))
+        specs.append(ColumnSpec(ID, (), "int64", ID, "id"))
+        return specs
+
+    def packs(self, model: keras.Model) -> tuple[Callable[[dict[str, Any]], Any], Callable[[dict[str, Any]], Any]]:
+        """Return two functions that arrange tensors by feed name as the model takes inputs and as its loss takes labels."""
+        pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
+        names = [c.name for c, _ in pairs]
+        structure = _structure(model, "inputs")
+        if structure is None:
+            targets = [c.target or c.name for c in self.inputs]
+            pack = _single(names[0]) if len(names) == 1 else _by_key(dict(zip(targets, names, strict=True)))
+        else:
+            pack = _like(structure, names)
+        return pack, self._pack_labels(model)
+
+    def _pack_labels(self, model: keras.Model) -> Callable[[dict[str, Any]], Any]:
+        if len(self.labels) == 1 and self.labels[0].target is None:
+            return _single(self.labels[0].name)
+        by_target = {str(c.target): c.name for c in self.labels}
+        known = output_names(model)
+        unknown = sorted(set(by_target) - set(known)) if known else []
+        if unknown:
+            raise ParamError(
+                f"labelMapping: expected outputs of the model, {', '.join(known)}; received {', '.join(unknown)}."
+            )
+        structure = _structure(model, "outputs")
+        if structure is not None and len(by_target) == len(known):
+            return _like(structure, [by_target[name] for name in known])
+        return _by_key(by_target)
+
+
+def model_inputs(model: keras.Model) -> tuple[TensorSpec, ...]:
+    """Return the inputs of a model with Input layers, in order; empty for a subclassed one."""
+    from sparktf.ml.signature import input_specs
+
+    return input_specs(model) if getattr(model, "inputs", None) else ()
+
+
+def output_names(model: keras.Model) -> list[str]:
+    """Return the names of a model's outputs; empty for a subclassed one."""
+    from sparktf.ml.signature import output_specs
+
+    return [spec.name for spec in output_specs(model)] if getattr(model, "outputs", None) else []
+
+
+def check_shapes(feed: Feed, model: keras.Model) -> None:
+    """Compare columns and model as far as the schema tells; on the driver, before the job starts.
+
+    Raises
+    ------
+    ParamError, DataError
+        As `Feed.specs`; and where the number of values a row cannot be what an input takes.
+    """
+    for column, tensor in _pair(feed.inputs, model_inputs(model), "inputMapping"):
+        if tensor is not None:
+            known = [d for d in tensor.shape if d is not None]
+            wanted = math.prod(known) if len(known) == len(tensor.shape) else None
+            check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
+    feed.specs(model)
+    feed.packs(model)
+
+
+def _pair(
+    columns: Sequence[FeedColumn], tensors: Sequence[TensorSpec], mapping: str
+) -> list[tuple[FeedColumn, TensorSpec | None]]:
+    """Pair columns with the model's inputs, in the model's order."""
+    if not tensors:
+        return [(c, None) for c in columns]
+    if len(columns) == 1 and columns[0].target is None:
+        if len(tensors) > 1:
+            raise ParamError(
+                f"Expected {mapping} for a model with {len(tensors)} inputs ({', '.join(t.name for t in tensors)}), "
+                f"received only {columns[0].source!r}."
+            )
+        return [(columns[0], tensors[0])]
+    by_target = {c.target: c for c in columns}
+    names = [t.name for t in tensors]
+    if set(by_target) != set(names):
+        raise ParamError(
+            f"{mapping}: expected the model's inputs {', '.join(names)}; received {', '.join(map(str, by_target))}."
+        )
+    return [(by_target[t.name], t) for t in tensors]
+
+
+def _input_spec(column: FeedColumn, tensor: TensorSpec | None) -> ColumnSpec:
+    text = any(c.kind == TEXT for c in column.columns)
+    if tensor is None:
+        integral = all(c.integral for c in column.columns)
+        dtype = STRING if text else "int64" if integral else "float32"
+        return ColumnSpec(column.name, _open_shape(column, scalar=(1,)), dtype, column.source)
+    if text != (tensor.dtype == STRING):
+        received = "text" if text else "numbers"
+        raise DataError(
+            f"input {tensor.name!r}: expected values for a tensor of {tensor.dtype}, received {received} from "
+            f"{column.source!r}. Encode text in Spark (StringIndexer), or start the model with a preprocessing layer."
+        )
+    return ColumnSpec(column.name, tensor.shape, tensor.dtype, column.source)
+
+
+def _label_spec(column: FeedColumn) -> ColumnSpec:
+    import keras
+
+    (label,) = column.columns
+    if label.kind == TEXT:
+        raise DataError(f"label {label.column!r}: expected numbers, received text. Index it first (StringIndexer).")
+    dtype = "int64" if label.integral else keras.config.floatx()
+    return ColumnSpec(column.name, _open_shape(column, scalar=()), dtype, column.source, "label")
+
+
+def _open_shape(column: FeedColumn, scalar: tuple[int, ...]) -> tuple[int | None, ...]:
+    if len(column.columns) > 1:
+        sizes = [c.size for c in column.columns]
+        return (None,) if any(size is None for size in sizes) else (sum(size or 0 for size in sizes),)
+    depth = column.columns[0].depth
+    return scalar if depth == 0 else (None,) * depth
+
+
+def _structure(model: keras.Model, side: str) -> Any:
+    from sparktf.ml.signature import _functional_structure
+
+    return _functional_structure(model, side)
+
+
+def _single(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda tensors: tensors[name]
+
+
+def _by_key(names: Mapping[str, str]) -> Callable[[dict[str, Any]], Any]:
+    return lambda tensors: {key: tensors[name] for key, name in names.items()}
+
+
+def _like(structure: Any, names: Sequence[str]) -> Callable[[dict[str, Any]], Any]:
+    import keras
+
+    return lambda tensors: keras.tree.pack_sequence_as(structure, [tensors[name] for name in names])
+
+
+def _lone(column: ColumnType) -> Column:
+    from pyspark.sql import functions as F
+
+    if column.vector and (column.size or _WIDE) < _WIDE:
+        return _as_array(column, "float")
+    return F.col(column.sql)
+
+
+def _as_array(column: ColumnType, element: str) -> Column:
+    from pyspark.ml.functions import vector_to_array
+    from pyspark.sql import functions as F
+
+    given = F.col(column.sql)
+    if column.vector:
+        # vector_to_array fails on a null; the node counts nulls and names the column.
+        return F.when(given.isNotNull(), vector_to_array(given, "float32"))
+    return F.array(given.cast(element)) if column.depth == 0 else given.cast(f"array<{element}>")
