@@ -37,9 +37,7 @@ class StepPlan:
         if self.batch_size < 1:
             raise ParamError(f"Expected a batch size of at least 1. Received: {self.batch_size}")
         if not self.rows or min(self.rows) < 0:
-            raise ParamError(
-                f"Expected one number of rows, zero or more, for each rank. Received: {self.rows}"
-            )
+            raise ParamError(f"Expected one number of rows, zero or more, for each rank. Received: {self.rows}")
 
     @property
     def steps(self) -> int:

@@ -85,18 +85,15 @@ class ColumnSpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         if any(d is not None and (type(d) is not int or d < 1) for d in self.shape):
             raise ParamError(
-                f"column {self.source!r}: expected a shape of positive lengths or None. "
-                f"Received: {self.shape}"
+                f"column {self.source!r}: expected a shape of positive lengths or None. Received: {self.shape}"
             )
         if self.kind not in KINDS:
-            raise ParamError(
-                f"column {self.source!r}: expected a kind of {', '.join(KINDS)}. Received: {self.kind!r}"
-            )
+            raise ParamError(f"column {self.source!r}: expected a kind of {', '.join(KINDS)}. Received: {self.kind!r}")
         dtype = self.numpy_dtype
         if self.nullable and (dtype.kind in "iu" or self.kind in ("weight", "id")):
             raise ParamError(
-                f"column {self.source!r}: a {self.kind} of dtype {self.dtype} has no value for a null. Expected: "
-                "a float, bool or string feature or label, or nullable=False"
+                f"column {self.source!r}: a {self.kind} of dtype {self.dtype} has no value for a null. "
+                "Expected: a float, bool or string feature or label, or nullable=False"
             )
 
     @property
@@ -120,9 +117,7 @@ class ColumnSpec:
         return cls(**{**fields, "shape": tuple(fields["shape"])})
 
 
-def resolve_shape(
-    shape: tuple[int | None, ...], size: int, nesting: tuple[int, ...]
-) -> tuple[int, ...] | None:
+def resolve_shape(shape: tuple[int | None, ...], size: int, nesting: tuple[int, ...]) -> tuple[int, ...] | None:
     """Fill the open lengths of a shape from the first row.
 
     Parameters

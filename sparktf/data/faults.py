@@ -103,9 +103,7 @@ def _nan(values: np.ndarray, nan_counted: bool) -> np.ndarray | np.bool_:
 def _expected(faults: Faults, spec: ColumnSpec) -> str:
     fixes = []
     if faults.nulls or faults.nans:
-        fixes.append(
-            "no nulls and no NaN; fill or drop them before (df.na.fill, df.na.drop, pyspark.ml's Imputer)"
-        )
+        fixes.append("no nulls and no NaN; fill or drop them before (df.na.fill, df.na.drop, pyspark.ml's Imputer)")
     if faults.negatives:
         fixes.append("weights of zero or more")
     if faults.unfit:

@@ -42,9 +42,7 @@ class SpoolWriter:
         Two columns of one name.
     """
 
-    def __init__(
-        self, columns: Sequence[ColumnSpec], directory: str, *, id_column: str | None = None
-    ) -> None:
+    def __init__(self, columns: Sequence[ColumnSpec], directory: str, *, id_column: str | None = None) -> None:
         specs = {spec.name: spec for spec in columns}
         if len(specs) != len(columns):
             raise ParamError(f"Expected columns of different names. Received: {[c.name for c in columns]}")

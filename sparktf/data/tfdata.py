@@ -79,9 +79,7 @@ def training_dataset(
     def epoch() -> np.ndarray:
         indices = np.asarray(indices_of_epoch(), np.int64)
         if len(indices) > steps * batch_size:
-            raise ParamError(
-                f"Expected at most {steps} batches of {batch_size} rows. Received: {len(indices):,} rows"
-            )
+            raise ParamError(f"Expected at most {steps} batches of {batch_size} rows. Received: {len(indices):,} rows")
         return indices
 
     full = feed.batches(epoch, batch_size, chunk_rows)
@@ -132,9 +130,7 @@ class _Feed:
         self._names = list(dict.fromkeys([*features, *labels, *([weight] if weight else [])]))
         missing = [name for name in self._names if name not in spool.columns]
         if missing:
-            raise ParamError(
-                f"Expected columns of the spool, {sorted(spool.columns)}. Received also: {missing}"
-            )
+            raise ParamError(f"Expected columns of the spool, {sorted(spool.columns)}. Received also: {missing}")
 
     def structure(self, tensors: dict[str, Any]) -> tuple[Any, ...]:
         """Arrange tensors by column name as Keras takes them."""
