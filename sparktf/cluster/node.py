@@ -150,6 +150,7 @@ def _train(
             spooled = spool.nbytes
         described = {
             "protocol": communicator.protocol,
+            "protocol_reason": _reason(job, communicator),
             "seconds": {
                 "model": made - started,
                 "feed": fed - made,
@@ -169,6 +170,14 @@ def _train(
         if chief:
             results += _deliver(model, control)
     return results
+
+
+def _reason(job: TrainJob, communicator: Communicator) -> str:
+    if communicator.size == 1:
+        return "one worker exchanges nothing"
+    if job.protocol != "auto":
+        return f"protocol={job.protocol!r} was asked for"
+    return "chosen by protocol='auto': it works between any two machines"
 
 
 def _deliver(model: Any, control: ControlClient) -> list[tuple[str, int, bytes]]:

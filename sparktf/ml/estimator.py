@@ -1,0 +1,228 @@
+"""TFEstimator: a Keras model trained on a DataFrame by TensorFlow nodes inside Spark's executors."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyspark import keyword_only
+from pyspark.ml import Estimator
+
+from sparktf.cluster.job import Program
+from sparktf.cluster.launch import TrainingResult, run_training, temporary_directory
+from sparktf.cluster.preflight import check_cluster, installed_versions
+from sparktf.distribute.checks import loss_reduction
+from sparktf.distribute.custom_objects import custom_objects
+from sparktf.distribute.fit import FitSettings
+from sparktf.errors import ParamError
+from sparktf.ml.archive import ModelArchive
+from sparktf.ml.feed import Feed, check_shapes
+from sparktf.ml.model import TFModel
+from sparktf.ml.params import _TFEstimatorParams
+from sparktf.ml.persistence import EstimatorPersistence
+from sparktf.ml.planning import plan_feed, spread_rows
+from sparktf.ml.progress import ProgressPrinter
+from sparktf.ml.summary import TrainingSummary
+
+if TYPE_CHECKING:
+    import keras
+    from pyspark.sql import DataFrame
+
+
+class TFEstimator(Estimator, _TFEstimatorParams, EstimatorPersistence):
+    """Trains a Keras model on a DataFrame, on ``numWorkers`` TensorFlow nodes in Spark's executors.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled. It is read, never changed; its weights and its optimizer's state are where training starts.
+    modelFn : callable
+        In place of `model`: a function of no arguments that returns a compiled model, called on every node.
+    featuresCol, inputCols, inputMapping
+        Where the model's inputs come from: one column (a number, an array, nested arrays, an MLlib vector, a string);
+        several columns packed into one input; ``{model input: column or columns}``.
+    labelCol, labelMapping
+        The label column; ``{model output: column}`` for several outputs.
+    weightCol : str
+        Sample weights, one number a row, 0 or more.
+    validationIndicatorCol : str
+        A boolean column: rows where it is true are held out and evaluated at each epoch's end.
+    predictionCol, probabilityCol, rawPredictionCol, outputMapping, predictBatchSize
+        For the fitted model; see `TFModel`.
+    batchSize : int
+        Rows per worker and step; the global batch is ``batchSize * numWorkers``.
+    epochs : int
+    shuffle : bool
+        Permute each worker's rows anew in every epoch.
+    seed : int
+        Equal seeds on equal data in an equal world make bit-identical fits.
+    numWorkers : int
+        Nodes; each takes a task slot of Spark.
+    threadsPerWorker : int
+        TensorFlow threads of a node; 0 for the executor's cores divided by the nodes on it.
+    mode : {"sync"}
+        Every step's gradient is that of one process on the global batch.
+    protocol : {"auto", "tcp"}
+        How nodes exchange gradients.
+    callbacks : list of keras.callbacks.Callback
+        Every node runs its own copies; those that write files run on the chief only.
+    verbose : {"auto", 0, 1, 2}
+    timeout : float
+        Seconds without progress after which a fit fails.
+
+    Examples
+    --------
+    >>> est = TFEstimator(model=model, featuresCol="pixels", labelCol="digit", numWorkers=2, epochs=5)
+    >>> fitted = est.fit(df)
+    >>> fitted.transform(df).select("prediction")
+    """
+
+    @keyword_only
+    def __init__(
+        self,
+        *,
+        model: keras.Model | None = None,
+        modelFn: Callable[[], keras.Model] | None = None,
+        featuresCol: str = "features",
+        inputCols: Sequence[str] | None = None,
+        inputMapping: Mapping[str, str | list[str]] | None = None,
+        labelCol: str = "label",
+        labelMapping: Mapping[str, str] | None = None,
+        weightCol: str | None = None,
+        validationIndicatorCol: str | None = None,
+        predictionCol: str = "prediction",
+        probabilityCol: str = "probability",
+        rawPredictionCol: str = "rawPrediction",
+        outputMapping: Mapping[str, str] | None = None,
+        batchSize: int = 32,
+        epochs: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        numWorkers: int = 1,
+        threadsPerWorker: int = 0,
+        mode: str = "sync",
+        numPs: int = 1,
+        maxStaleness: int | None = None,
+        protocol: str = "auto",
+        compression: str = "none",
+        predictBatchSize: int = 8192,
+        callbacks: Sequence[Any] | None = None,
+        verbose: str | int = "auto",
+        timeout: float = 300.0,
+    ) -> None:
+        super().__init__()
+        self._set(**self._input_kwargs)
+
+    @keyword_only
+    def setParams(self, **params: Any) -> TFEstimator:
+        """Set any of the constructor's Params by name."""
+        return self._set(**params)
+
+    def _fit(self, dataset: DataFrame) -> TFModel:
+        started = time.monotonic()
+        feed = plan_feed(self, dataset.schema)
+        check_cluster(dataset.sparkSession, self.getNumWorkers())
+        archive = self._archive(feed)
+        objects = custom_objects()
+        with temporary_directory() as directory:
+            result = run_training(
+                spread_rows(dataset, feed, self.getNumWorkers()),
+                self._program(archive, objects, feed),
+                FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
+                world_size=self.getNumWorkers(),
+                protocol=self.getProtocol(),
+                timeout=self.getTimeout(),
+                threads=self.getThreadsPerWorker(),
+                directory=directory,
+                on_progress=ProgressPrinter(self.getVerbose(), self.getEpochs()),
+            )
+            trained = ModelArchive.from_file(result.model_path, move=True)
+        summary = summarize(result, time.monotonic() - started)
+        fitted = TFModel._create(trained, uid=self.uid, summary=summary, custom_objects=objects)
+        return self._copyValues(fitted)
+
+    def _archive(self, feed: Feed) -> ModelArchive | None:
+        """Check the model against the columns and return it as an archive; None where modelFn makes it."""
+        model, model_fn = self.getModel(), self.getModelFn()
+        if (model is None) == (model_fn is None):
+            given = "neither" if model is None else "both"
+            raise ParamError(f"Expected one of model (a compiled keras.Model) and modelFn, received {given}.")
+        if model is None:
+            return None
+        if not getattr(model, "compiled", False) or model.optimizer is None:
+            raise ParamError(
+                f"Expected a compiled model, received {model.name!r} without optimizer and loss. Call "
+                "model.compile(optimizer=..., loss=...) first."
+            )
+        if self.getNumWorkers() > 1:
+            loss_reduction(model)
+        check_shapes(feed, model)
+        return ModelArchive.from_model(model)
+
+    def _program(self, archive: ModelArchive | None, objects: Mapping[str, Any], feed: Feed) -> bytes:
+        callbacks = tuple(self.getCallbacks() or ())
+        program = Program(
+            archive.read_bytes() if archive is not None else None, self.getModelFn(), objects, callbacks, feed
+        )
+        return pickled(program)
+
+
+def pickled(program: Program) -> bytes:
+    """Pickle what nodes run, for Spark's own channel.
+
+    Raises
+    ------
+    ParamError
+        Naming the part that cannot be pickled.
+    """
+    from pyspark import cloudpickle
+
+    parts = {"modelFn": program.model_fn, "callbacks": program.callbacks, "custom objects": program.custom_objects}
+    for name, part in parts.items():
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:  # whatever a user's object raises when it is pickled
+            raise ParamError(
+                f"{name}: expected objects that can be sent to the executors, received one that cannot be pickled: "
+                f"{error}. Open files, locks, sessions and connections must be made on the node."
+            ) from error
+    return bytes(cloudpickle.dumps(program))
+
+
+def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
+    """Turn the ranks' reports into the fit's summary.
+
+    Parameters
+    ----------
+    result : TrainingResult
+    seconds : float
+        Wall-clock seconds of the whole fit.
+    """
+    import pandas as pd
+
+    chief = result.reports[0]
+    epochs = chief["epoch_seconds"]
+    # The first epoch pays for tracing.
+    typical = statistics.median(epochs[1:] or epochs)
+    rows = sum(chief["rows"])
+    world = len(result.reports)
+    history = pd.DataFrame({"epoch": range(1, len(epochs) + 1), **chief["history"]})
+    slowest = {name: max(r["seconds"][name] for r in result.reports) for name in ("feed", "communicate")}
+    return TrainingSummary(
+        history=history,
+        rows=rows,
+        validationRows=sum(chief["validation_rows"]),
+        rowsPerSecond=rows / typical if typical > 0 else float("nan"),
+        seconds=seconds,
+        feedSeconds=slowest["feed"],
+        computeSeconds=max(r["seconds"]["fit"] - r["seconds"]["communicate"] for r in result.reports),
+        communicateSeconds=slowest["communicate"],
+        protocol=chief["protocol"] if world > 1 else "none",
+        protocolReason=chief["protocol_reason"],
+        worldSize=world,
+        epochs=len(epochs),
+        stepsPerEpoch=chief["steps_per_epoch"],
+        versions=installed_versions(),
+    )
