@@ -16,7 +16,6 @@ from typing import Any
 
 # Before anything imports TensorFlow, here or in a worker.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import psutil
