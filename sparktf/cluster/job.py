@@ -29,17 +29,14 @@ class Program:
 
     Parameters
     ----------
-    archive : bytes or None
-        A compiled model as a ``.keras`` archive.
     model_fn : callable or None
-        Makes the model where there is no archive.
+        Makes the model where the job has no archive.
     custom_objects : mapping of str to object
         The driver's Keras registry.
     callbacks : tuple of keras.callbacks.Callback
     feed : Feed
     """
 
-    archive: bytes | None
     model_fn: Callable[[], Any] | None
     custom_objects: Mapping[str, Any]
     callbacks: tuple[Any, ...]
@@ -71,6 +68,9 @@ class TrainJob:
         Cores of one executor; 0 where not known.
     program : bytes
         A pickled `Program`.
+    archive : object
+        A compiled model as the bytes of a ``.keras`` archive, or something with a ``.value`` that gives them (a
+        broadcast variable); None where the program's function makes the model.
     """
 
     job_id: str
@@ -84,3 +84,9 @@ class TrainJob:
     threads: int
     executor_cores: int
     program: bytes = field(repr=False)
+    archive: Any = field(repr=False, default=None)
+
+    def archive_bytes(self) -> bytes | None:
+        """Return the archive, wherever it is; on a node."""
+        data: bytes | None = getattr(self.archive, "value", self.archive)
+        return data

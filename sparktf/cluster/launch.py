@@ -52,6 +52,7 @@ class TrainingResult:
 def run_training(
     feed: Any,
     program: bytes,
+    archive: Any,
     settings: FitSettings,
     *,
     world_size: int,
@@ -69,6 +70,8 @@ def run_training(
         Of `world_size` partitions, with exactly the columns of the feed.
     program : bytes
         A pickled `sparktf.cluster.job.Program`.
+    archive : object
+        The model as a ``.keras`` archive: see `sparktf.cluster.job.TrainJob`.
     settings : FitSettings
     world_size : int
     protocol : str
@@ -102,6 +105,7 @@ def run_training(
         threads=threads,
         executor_cores=0 if is_connect(spark) else _executor_cores(spark),
         program=program,
+        archive=archive,
     )
     path = os.path.join(directory, "trained.keras")
     tag = f"sparktf-{job.job_id}"
@@ -163,8 +167,8 @@ def _node_error(failure: NodeFailure | None, error: Exception) -> Exception:
         return NodeError(f"The training job failed on the cluster:\n{error}")
     if not failure.kind:
         return NodeError(
-            f"Rank {failure.rank} was lost: {failure.message} (killed, perhaps for its memory). The log of its executor "
-            "says more.",
+            f"Rank {failure.rank} was lost: {failure.message} (killed, perhaps for its memory). The log "
+            "of its executor says more.",
             failure.rank,
         )
     ours = getattr(sparktf.errors, failure.kind, None)

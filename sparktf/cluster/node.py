@@ -10,12 +10,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from pyspark import cloudpickle
+
+from sparktf.cluster.child import train_in_child
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.spooling import spool_partition
-from sparktf.cluster.threads import quiet_tensorflow, threads_for, use_threads
-from sparktf.cluster.training import make_model, saved_model, train
+from sparktf.cluster.threads import start_tensorflow, threads_for
+from sparktf.cluster.training import make_model, node_directory, train
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator, connect
@@ -25,7 +28,11 @@ _LOG = logging.getLogger("sparktf.cluster")
 RESULT_SCHEMA = "rank int, name string, part int, payload binary"
 REPORT, MODEL = "report", "model"
 
+# Ranks that spool meet this often, in seconds.
+_MEET_SECONDS = 10.0
+
 Exchange = Callable[[bytes], list[bytes]]
+Result = tuple[str, int, bytes]
 
 
 def train_task(batches: Iterable[Any], job: TrainJob) -> Iterator[Any]:
@@ -76,7 +83,6 @@ def run_node(
     pyarrow.RecordBatch
         Of `RESULT_SCHEMA`: a report from every rank, and the model from the chief where the driver could not be told.
     """
-    quiet_tensorflow()
     control = ControlClient.connect(job.control, job.secret, job.job_id, rank)
     try:
         results = _run(batches, job, rank, exchange, addresses, control)
@@ -106,7 +112,7 @@ def _run(
     exchange: Exchange,
     addresses: list[str],
     control: ControlClient,
-) -> list[tuple[str, int, bytes]]:
+) -> list[Result]:
     peers: list[dict[str, str]] = []
 
     def meet(payload: bytes) -> list[bytes]:
@@ -116,60 +122,45 @@ def _run(
         peers.extend(json.loads(part[4 : 4 + n]) for part, n in zip(everyones, lengths, strict=True))
         return [part[4 + n :] for part, n in zip(everyones, lengths, strict=True)]
 
+    # On one machine, whatever its name resolves to.
     host = addresses[rank].rsplit(":", 1)[0] if len(set(addresses)) > 1 else "127.0.0.1"
     with connect(
-        job.protocol,
-        rank=rank,
-        size=job.world_size,
-        exchange=meet,
-        secret=job.secret,
-        timeout=job.timeout,
-        host=host,
+        job.protocol, rank=rank, size=job.world_size, exchange=meet, secret=job.secret, timeout=job.timeout, host=host
     ) as communicator:
         check_versions(dict(job.versions), peers)
-        use_threads(threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank])))
-        return _train(batches, job, communicator, control)
+        threads = threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank]))
+        return _train(batches, job, communicator, control, host, threads)
 
 
 def _train(
-    batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient
-) -> list[tuple[str, int, bytes]]:
-    from pyspark import cloudpickle
-
+    batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
+) -> list[Result]:
+    started = time.monotonic()
+    available = start_tensorflow(threads)
     program: Program = cloudpickle.loads(job.program)
+    archive = job.archive_bytes()
     chief = communicator.rank == 0
-    with registered(program.custom_objects):
-        started = time.monotonic()
-        model = make_model(program, job.settings.seed)
+    report = control.progress if chief else None
+    with registered(program.custom_objects), node_directory() as directory:
+        save_to = os.path.join(directory, "trained.keras") if chief else None
+        model = make_model(archive, program, job.settings.seed)
         specs = program.feed.specs(model)
         made = time.monotonic()
-        with spool_partition(batches, specs, communicator, min(10.0, job.timeout / 4)) as spool:
+        with spool_partition(batches, specs, communicator, min(_MEET_SECONDS, job.timeout / 4)) as spool:
             fed = time.monotonic()
-            report = control.progress if chief else None
-            fitted, rows = train(program, model, specs, spool, communicator, job.settings, report)
-            spooled = spool.nbytes
-        described = {
+            if job.threads in (0, available):
+                told = train(program, model, specs, spool, communicator, job.settings, report, save_to)
+            else:
+                # The threads of this process are fixed, and are not the ones that were asked for.
+                told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, save_to)
+        told |= {
             "protocol": communicator.protocol,
             "protocol_reason": _reason(job, communicator),
-            "seconds": {
-                "model": made - started,
-                "feed": fed - made,
-                "fit": fitted.seconds,
-                "communicate": fitted.communicate_seconds,
-            },
-            "rows": list(rows.training),
-            "validation_rows": list(rows.validation),
-            "steps_per_epoch": fitted.steps_per_epoch,
-            "epoch_seconds": fitted.epoch_seconds,
-            "history": fitted.history,
-            "notices": fitted.notices,
-            "spooled_bytes": spooled,
-            "process": os.getpid(),
+            "start_seconds": made - started,
+            "feed_seconds": fed - made,
         }
-        results = [(REPORT, 0, json.dumps(described).encode())]
-        if chief:
-            results += _deliver(model, control)
-    return results
+        results = [(REPORT, 0, json.dumps(told).encode())]
+        return results + (_deliver(save_to, control) if save_to is not None else [])
 
 
 def _reason(job: TrainJob, communicator: Communicator) -> str:
@@ -180,16 +171,15 @@ def _reason(job: TrainJob, communicator: Communicator) -> str:
     return "chosen by protocol='auto': it works between any two machines"
 
 
-def _deliver(model: Any, control: ControlClient) -> list[tuple[str, int, bytes]]:
+def _deliver(path: str, control: ControlClient) -> list[Result]:
     """Send the trained model to the driver; return it as result rows where that cannot be done."""
-    with saved_model(model) as path:
-        if control.connected and control.send_model(path):
-            return []
-        parts: list[tuple[str, int, bytes]] = []
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                parts.append((MODEL, len(parts), chunk))
-        return parts
+    if control.connected and control.send_model(path):
+        return []
+    parts: list[Result] = []
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            parts.append((MODEL, len(parts), chunk))
+    return parts
 
 
 def _row(rank: int, name: str, part: int, payload: bytes) -> Any:

@@ -94,7 +94,8 @@ def agree_on_rows(spool: Spool, training: int, validation: int, communicator: Co
         shapes = {tuple(their["shapes"][name]) for their in everyones if name in their["shapes"]}
         if len(shapes) > 1:
             raise DataError(
-                f"column {spec.source!r}: expected rows of one length, received {sorted(shapes)} in different partitions."
+                f"column {spec.source!r}: expected rows of one length, received {sorted(shapes)} in different "
+                "partitions."
             )
         if shapes:
             # A rank without rows cannot know the lengths; its batches must have them all the same.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +20,12 @@ from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
 
-def make_model(program: Program, seed: int) -> Any:
+def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
     """Return the job's compiled model, from its archive or its function.
 
     Parameters
     ----------
+    archive : bytes or None
     program : Program
     seed : int
         Set before the function is called, so that every rank and every fit initialises alike.
@@ -37,8 +39,8 @@ def make_model(program: Program, seed: int) -> Any:
 
     # Numpy takes 32 bits.
     keras.utils.set_random_seed(seed % 2**32)
-    if program.archive is not None:
-        return load_model(program.archive)
+    if archive is not None:
+        return load_model(archive)
     assert program.model_fn is not None  # the driver has checked that one of the two is given
     model = program.model_fn()
     if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
@@ -51,24 +53,21 @@ def load_model(archive: bytes) -> Any:
     """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
     import keras
 
-    with _temporary_file() as path:
+    with node_directory() as directory:
+        path = os.path.join(directory, "model.keras")
         with open(path, "wb") as file:
             file.write(archive)
-        return keras.saving.load_model(path, safe_mode=False)
+        with warnings.catch_warnings():
+            # A model that was never trained has no optimizer variables to load, and Keras warns of that.
+            warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
+            return keras.saving.load_model(path, safe_mode=False)
 
 
 @contextmanager
-def saved_model(model: Any) -> Iterator[str]:
-    """Hold a model as a ``.keras`` file for the time of a with block."""
-    with _temporary_file() as path:
-        model.save(path)
-        yield path
-
-
-@contextmanager
-def _temporary_file() -> Iterator[str]:
+def node_directory() -> Iterator[str]:
+    """Hold a private directory on the node's scratch disk for the time of a with block."""
     with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
-        yield os.path.join(directory, "model.keras")
+        yield directory
 
 
 def train(
@@ -79,7 +78,8 @@ def train(
     communicator: Communicator,
     settings: FitSettings,
     report: Callable[[dict[str, Any]], None] | None,
-) -> tuple[FitReport, RankRows]:
+    save_to: str | None,
+) -> dict[str, Any]:
     """Train a model on a spooled partition, together with the other ranks.
 
     Parameters
@@ -93,6 +93,13 @@ def train(
     settings : FitSettings
     report : callable or None
         Receives progress.
+    save_to : str or None
+        File to save the trained model to, as a ``.keras`` archive.
+
+    Returns
+    -------
+    dict
+        What there is to tell of the fit, JSON-able.
     """
     validation = next((s.name for s in specs if s.kind == "validation"), None)
     ours, held_out = split_rows(spool, validation)
@@ -113,8 +120,26 @@ def train(
     if sum(rows.validation) > 0:
         held_out_batches = evaluation_dataset(spool, held_out, settings.batch_size, **arrangement)
     build_model(model, _first_batch(training, rows, settings))
-    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, program.callbacks, report)
-    return fitted, rows
+    callbacks = program.callbacks
+    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report)
+    if save_to is not None:
+        model.save(save_to)
+    return _describe(fitted, rows, spool)
+
+
+def _describe(fitted: FitReport, rows: RankRows, spool: Spool) -> dict[str, Any]:
+    return {
+        "fit_seconds": fitted.seconds,
+        "communicate_seconds": fitted.communicate_seconds,
+        "epoch_seconds": fitted.epoch_seconds,
+        "steps_per_epoch": fitted.steps_per_epoch,
+        "history": fitted.history,
+        "notices": fitted.notices,
+        "rows": list(rows.training),
+        "validation_rows": list(rows.validation),
+        "spooled_bytes": spool.nbytes,
+        "process": os.getpid(),
+    }
 
 
 def _first_batch(training: Callable[[Order, int], Any], rows: RankRows, settings: FitSettings) -> Any:

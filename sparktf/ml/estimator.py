@@ -21,6 +21,7 @@ from sparktf.ml.archive import ModelArchive
 from sparktf.ml.feed import Feed, check_shapes
 from sparktf.ml.model import TFModel
 from sparktf.ml.params import _TFEstimatorParams
+from sparktf.ml.payload import payload_for
 from sparktf.ml.persistence import EstimatorPersistence
 from sparktf.ml.planning import plan_feed, spread_rows
 from sparktf.ml.progress import ProgressPrinter
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 
-class TFEstimator(Estimator, _TFEstimatorParams, EstimatorPersistence):
+class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
     """Trains a Keras model on a DataFrame, on ``numWorkers`` TensorFlow nodes in Spark's executors.
 
     Parameters
@@ -113,7 +114,7 @@ class TFEstimator(Estimator, _TFEstimatorParams, EstimatorPersistence):
         timeout: float = 300.0,
     ) -> None:
         super().__init__()
-        self._set(**self._input_kwargs)
+        self._set(**self._input_kwargs)  # type: ignore[attr-defined]  # keyword_only sets it
 
     @keyword_only
     def setParams(self, **params: Any) -> TFEstimator:
@@ -129,7 +130,8 @@ class TFEstimator(Estimator, _TFEstimatorParams, EstimatorPersistence):
         with temporary_directory() as directory:
             result = run_training(
                 spread_rows(dataset, feed, self.getNumWorkers()),
-                self._program(archive, objects, feed),
+                self._program(objects, feed),
+                payload_for(archive, dataset.sparkSession) if archive is not None else None,
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers(),
                 protocol=self.getProtocol(),
@@ -161,12 +163,8 @@ class TFEstimator(Estimator, _TFEstimatorParams, EstimatorPersistence):
         check_shapes(feed, model)
         return ModelArchive.from_model(model)
 
-    def _program(self, archive: ModelArchive | None, objects: Mapping[str, Any], feed: Feed) -> bytes:
-        callbacks = tuple(self.getCallbacks() or ())
-        program = Program(
-            archive.read_bytes() if archive is not None else None, self.getModelFn(), objects, callbacks, feed
-        )
-        return pickled(program)
+    def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:
+        return pickled(Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed))
 
 
 def pickled(program: Program) -> bytes:
@@ -182,13 +180,13 @@ def pickled(program: Program) -> bytes:
     parts = {"modelFn": program.model_fn, "callbacks": program.callbacks, "custom objects": program.custom_objects}
     for name, part in parts.items():
         try:
-            cloudpickle.dumps(part)
+            cloudpickle.dumps(part)  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever a user's object raises when it is pickled
             raise ParamError(
                 f"{name}: expected objects that can be sent to the executors, received one that cannot be pickled: "
                 f"{error}. Open files, locks, sessions and connections must be made on the node."
             ) from error
-    return bytes(cloudpickle.dumps(program))
+    return bytes(cloudpickle.dumps(program))  # type: ignore[no-untyped-call]
 
 
 def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
@@ -209,16 +207,19 @@ def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
     rows = sum(chief["rows"])
     world = len(result.reports)
     history = pd.DataFrame({"epoch": range(1, len(epochs) + 1), **chief["history"]})
-    slowest = {name: max(r["seconds"][name] for r in result.reports) for name in ("feed", "communicate")}
+
+    def slowest(seconds: Callable[[dict[str, Any]], float]) -> float:
+        return max(seconds(report) for report in result.reports)
+
     return TrainingSummary(
         history=history,
         rows=rows,
         validationRows=sum(chief["validation_rows"]),
         rowsPerSecond=rows / typical if typical > 0 else float("nan"),
         seconds=seconds,
-        feedSeconds=slowest["feed"],
-        computeSeconds=max(r["seconds"]["fit"] - r["seconds"]["communicate"] for r in result.reports),
-        communicateSeconds=slowest["communicate"],
+        feedSeconds=slowest(lambda r: r["feed_seconds"]),
+        computeSeconds=slowest(lambda r: r["fit_seconds"] - r["communicate_seconds"]),
+        communicateSeconds=slowest(lambda r: r["communicate_seconds"]),
         protocol=chief["protocol"] if world > 1 else "none",
         protocolReason=chief["protocol_reason"],
         worldSize=world,

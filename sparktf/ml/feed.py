@@ -124,7 +124,7 @@ class Feed:
         return specs
 
     def packs(self, model: keras.Model) -> tuple[Callable[[dict[str, Any]], Any], Callable[[dict[str, Any]], Any]]:
-        """Return two functions that arrange tensors by feed name as the model takes inputs and as its loss takes labels."""
+        """Return two functions that arrange tensors by feed name: as the model takes inputs, and its loss labels."""
         pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
         names = [c.name for c, _ in pairs]
         structure = _structure(model, "inputs")

@@ -1,0 +1,221 @@
+"""A node in a fresh child process, for what TensorFlow can only be told when it starts (its threads).
+
+The Spark task stays the parent: it has spooled the partition, whose descriptors the child inherits, and it holds the
+rendezvous, which it lends to the child over a socket pair. The child dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import sparktf.errors
+from sparktf.cluster.job import Program, TrainJob
+from sparktf.data.columns import ColumnSpec
+from sparktf.data.spool import Spool
+from sparktf.errors import NodeError, PeerLostError, SparktfError
+from sparktf.transport import Communicator, connect
+from sparktf.transport.framing import recv_frame, send_frame
+
+_JOB, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 6)
+# The job itself is the largest: a model of any size.
+_FRAME_LIMIT = 1 << 40
+_SEND_SECONDS = 60.0
+_EXIT_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def train_in_child(
+    job: TrainJob,
+    archive: bytes | None,
+    specs: list[ColumnSpec],
+    spool: Spool,
+    communicator: Communicator,
+    host: str,
+    threads: int,
+    report: Callable[[dict[str, Any]], None] | None,
+    save_to: str | None,
+) -> dict[str, Any]:
+    """Do what `sparktf.cluster.training.train` does, in a child process.
+
+    Parameters
+    ----------
+    job : TrainJob
+    archive : bytes or None
+        The job's model.
+    specs : list of ColumnSpec
+    spool : Spool
+    communicator : Communicator
+        The parents' group: the children's rendezvous.
+    host : str
+        The address that the child listens on.
+    threads : int
+    report : callable or None
+    save_to : str or None
+
+    Raises
+    ------
+    NodeError
+        The child failed, or ended without a word.
+    SparktfError
+        The child raised it.
+    """
+    from pyspark import cloudpickle
+
+    ours, theirs = socket.socketpair()
+    with ours:
+        command = [sys.executable, "-m", "sparktf.cluster.child", str(theirs.fileno())]
+        fds = spool.fds()
+        # Modules that Spark shipped with the job are on this process's path only.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with theirs:
+            child = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(), *fds), env=environment, stdin=subprocess.DEVNULL
+            )
+        told = {
+            "job": job,
+            "archive": archive,
+            "specs": specs,
+            "spool": spool.describe(),
+            "fds": fds,
+            "rank": communicator.rank,
+            "host": host,
+            "threads": threads,
+            "report": report is not None,
+            "save_to": save_to,
+        }
+        try:
+            send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
+            outcome = _serve(ours, communicator, report)
+        finally:
+            # Wakes a child that still waits for an answer.
+            ours.shutdown(socket.SHUT_RDWR)
+            status = _wait(child)
+    if isinstance(outcome, Exception):
+        raise outcome
+    if outcome is None:
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise NodeError(f"The node's child process ended without a word ({how}).", communicator.rank)
+    return outcome
+
+
+def _serve(
+    sock: socket.socket, communicator: Communicator, report: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any] | Exception | None:
+    """Answer the child until it is done; return its result, its error, or None where it vanished."""
+    while True:
+        try:
+            # Without end: the child may train for hours, and its death closes the socket.
+            kind, payload = recv_frame(sock, None, _FRAME_LIMIT)
+        except PeerLostError:
+            return None
+        if kind == _EXCHANGE:
+            parts = [part.hex() for part in communicator.all_gather_bytes(payload)]
+            send_frame(sock, _EXCHANGE, json.dumps(parts).encode(), _SEND_SECONDS)
+        elif kind == _PROGRESS and report is not None:
+            report(json.loads(payload))
+        elif kind == _RESULT:
+            result: dict[str, Any] = json.loads(payload)
+            return result
+        elif kind == _ERROR:
+            return _rebuild(json.loads(payload), communicator.rank)
+
+
+def _rebuild(error: dict[str, Any], rank: int) -> Exception:
+    known = getattr(sparktf.errors, error["kind"], None)
+    if known is PeerLostError:
+        return PeerLostError(error["message"], error["peer"], error["reason"])
+    if isinstance(known, type) and issubclass(known, SparktfError) and known is not NodeError:
+        return known(error["message"])
+    message = f"{error['kind']}: {error['message']}\n\n{error['traceback']}"
+    return NodeError(message, rank, error["traceback"])
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    try:
+        return child.wait(_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def main(descriptor: int) -> int:
+    """Run the child; returns its exit status."""
+    # Ends the child when its parent ends, however that happens (prctl(2)).
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    from pyspark import cloudpickle
+
+    with socket.socket(fileno=descriptor) as sock:
+        _, payload = recv_frame(sock, _SEND_SECONDS, _FRAME_LIMIT)
+        try:
+            # From the parent, over a socket pair that nobody else can open.
+            result = _train(sock, cloudpickle.loads(payload))
+        except Exception as error:  # whatever a user's model or callback raises goes to the parent
+            described = {
+                "kind": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+                "peer": getattr(error, "peer", None),
+                "reason": getattr(error, "reason", ""),
+            }
+            send_frame(sock, _ERROR, json.dumps(described).encode(), _SEND_SECONDS)
+            return 1
+        send_frame(sock, _RESULT, json.dumps(result).encode(), _SEND_SECONDS)
+    return 0
+
+
+def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
+    from pyspark import cloudpickle
+
+    from sparktf.cluster.threads import start_tensorflow
+    from sparktf.cluster.training import make_model, train
+    from sparktf.distribute.custom_objects import registered
+
+    job: TrainJob = told["job"]
+    start_tensorflow(told["threads"])
+    program: Program = cloudpickle.loads(job.program)
+
+    def exchange(payload: bytes) -> list[bytes]:
+        send_frame(sock, _EXCHANGE, payload, _SEND_SECONDS)
+        _, answer = recv_frame(sock, job.timeout, _FRAME_LIMIT)
+        return [bytes.fromhex(part) for part in json.loads(answer)]
+
+    def report(progress: dict[str, Any]) -> None:
+        send_frame(sock, _PROGRESS, json.dumps(progress).encode(), _SEND_SECONDS)
+
+    with (
+        Spool.from_fds(told["spool"], told["fds"]) as spool,
+        registered(program.custom_objects),
+        connect(
+            job.protocol,
+            rank=told["rank"],
+            size=job.world_size,
+            exchange=exchange,
+            secret=job.secret,
+            timeout=job.timeout,
+            host=told["host"],
+        ) as communicator,
+    ):
+        model = make_model(told["archive"], program, job.settings.seed)
+        return train(
+            program,
+            model,
+            told["specs"],
+            spool,
+            communicator,
+            job.settings,
+            report if told["report"] else None,
+            told["save_to"],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
