@@ -16,7 +16,7 @@ from sparktf.data.columns import ColumnSpec
 from sparktf.errors import ParamError, PersistenceError
 from sparktf.ml.archive import KERAS, ModelArchive, custom_objects
 from sparktf.ml.inputs import ModelInput, choose_inputs, feed_expression
-from sparktf.ml.outputs import OutputField, plan_outputs, struct_type
+from sparktf.ml.outputs import OutputField, plan_outputs, result_type
 from sparktf.ml.params import _TFModelParams
 from sparktf.ml.payload import payload_for
 from sparktf.ml.persistence import ModelPersistence
@@ -144,9 +144,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         elif isinstance(model_or_path, str | os.PathLike):
             archive = ModelArchive.from_file(os.fspath(model_or_path))
             if archive.kind != KERAS:
-                raise PersistenceError(
-                    f"{model_or_path!s} is a SavedModel. Load it with TFModel.fromSavedModel"
-                )
+                raise PersistenceError(f"{model_or_path!s} is a SavedModel. Load it with TFModel.fromSavedModel")
             model = archive.load(safe_mode=safe_mode)
         else:
             raise TypeError(
@@ -220,24 +218,23 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
                     f"column {field.column!r} is in the DataFrame already. Expected a new name for the "
                     f"model's {field.role}, or drop the column first"
                 )
-        inputs = choose_inputs(
-            signature, self.getFeaturesCol(), self._get(self.inputCols), self.getInputMapping()
-        )
+        inputs = choose_inputs(signature, self.getFeaturesCol(), self._get(self.inputCols), self.getInputMapping())
         expressions = [feed_expression(dataset.schema, item) for item in inputs]
         if not fields:
             return dataset
         task = self._task(inputs, fields, dataset)
         scored = f"{self.uid}__scored"
         frame = dataset.withColumn(scored, _udf(task, len(inputs))(*expressions))
-        return frame.withColumns({f.column: _output_column(scored, f) for f in fields}).drop(scored)
+        whole = F.col(f"`{scored}`")
+        parts = [whole] if len(fields) == 1 else [whole.getField(field.field) for field in fields]
+        columns = {f.column: _output_column(part, f) for f, part in zip(fields, parts, strict=True)}
+        return frame.withColumns(columns).drop(scored)
 
     def _task(self, inputs: list[ModelInput], fields: list[OutputField], dataset: DataFrame) -> ScoringTask:
         archive = self._trained.archive
         specs = [
             # Nulls are gone when a column is read; nullable lets NaN through, as the model's own business.
-            ColumnSpec(
-                f"input_{i}", item.spec.shape, item.spec.dtype, item.source, nullable=_holds_nan(item.spec)
-            )
+            ColumnSpec(f"input_{i}", item.spec.shape, item.spec.dtype, item.source, nullable=_holds_nan(item.spec))
             for i, item in enumerate(inputs)
         ]
         return ScoringTask(
@@ -259,8 +256,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         return f"TFModel: uid={self.uid}, archive={archive.size:,} bytes{trained}"
 
 
-def _output_column(struct: str, field: OutputField) -> Column:
-    column = F.col(f"`{struct}`.`{field.field}`")
+def _output_column(column: Column, field: OutputField) -> Column:
     # The function behind array_to_vector fails on a null.
     return F.when(column.isNotNull(), array_to_vector(column)) if field.is_vector else column
 
@@ -274,7 +270,7 @@ def _udf(task: ScoringTask, inputs: int) -> Any:
     def score_columns(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
         return score(task, batches)
 
-    return arrow_udf(score_column if inputs == 1 else score_columns, struct_type(list(task.fields)))
+    return arrow_udf(score_column if inputs == 1 else score_columns, result_type(list(task.fields)))
 
 
 def _holds_nan(spec: TensorSpec) -> bool:

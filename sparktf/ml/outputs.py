@@ -120,17 +120,13 @@ def plan_outputs(
     names = [spec.name for spec in signature.outputs]
     for name, column in (mapping or {}).items():
         if name not in names:
-            raise ParamError(
-                f"outputMapping: expected outputs of the model, {', '.join(names)}. Received: {name!r}"
-            )
+            raise ParamError(f"outputMapping: expected outputs of the model, {', '.join(names)}. Received: {name!r}")
         index = names.index(name)
         spec = signature.outputs[index]
         kind = _SPARK_TYPES.get(spec.dtype)
         if kind is None:
             raise ParamError(f"outputMapping: output {name!r} is {spec.dtype}, which Spark has no type for")
-        fields.append(
-            OutputField(f"output_{index}", column, OUTPUT, index, len(spec.shape), kind.simpleString())
-        )
+        fields.append(OutputField(f"output_{index}", column, OUTPUT, index, len(spec.shape), kind.simpleString()))
     fields = [field for field in fields if field.column]
     columns = [field.column for field in fields]
     if len(set(columns)) < len(columns):
@@ -138,15 +134,17 @@ def plan_outputs(
     return fields
 
 
-def struct_type(fields: list[OutputField]) -> T.StructType:
-    """Return the type of the struct that the UDF gives."""
+def result_type(fields: list[OutputField]) -> T.DataType:
+    """Return the type that the UDF gives: a struct, or the field itself where it is the only one."""
+    if len(fields) == 1:
+        return fields[0].spark_type
     return T.StructType([T.StructField(field.field, field.spark_type) for field in fields])
 
 
-def to_struct(
+def to_result(
     signature: ModelSignature, fields: list[OutputField], outputs: list[np.ndarray], valid: np.ndarray | None
-) -> pa.StructArray:
-    """Return one struct a row.
+) -> pa.Array:
+    """Return one value of :func:`result_type` a row.
 
     Parameters
     ----------
@@ -162,12 +160,13 @@ def to_struct(
     for field in fields:
         values = derived[field.role] if field.role != OUTPUT else outputs[field.output]
         arrays.append(nested_array(values, field.depth, _ARROW_TYPES[field.element], valid))
+    # Spark spends as long on a struct around a double as on the double.
+    if len(arrays) == 1:
+        return arrays[0]
     return pa.StructArray.from_arrays(arrays, names=[field.field for field in fields])
 
 
-def nested_array(
-    values: np.ndarray, depth: int, element: pa.DataType, valid: np.ndarray | None = None
-) -> pa.Array:
+def nested_array(values: np.ndarray, depth: int, element: pa.DataType, valid: np.ndarray | None = None) -> pa.Array:
     """Return a numpy array of shape ``(rows, ...)`` as Arrow lists ``depth`` levels deep.
 
     Parameters
@@ -189,9 +188,7 @@ def nested_array(
         )
     array = _scalars(values.reshape(-1), element, None)
     for level in range(depth, 1, -1):
-        array = pa.ListArray.from_arrays(
-            _even_offsets(int(np.prod(values.shape[:level])), values.shape[level]), array
-        )
+        array = pa.ListArray.from_arrays(_even_offsets(int(np.prod(values.shape[:level])), values.shape[level]), array)
     if valid is None:
         return pa.ListArray.from_arrays(_even_offsets(len(values), values.shape[1]), array)
     offsets = np.zeros(len(valid) + 1, np.int32)

@@ -152,9 +152,7 @@ class _Reader(MLReader[Any]):
         metadata = _read_metadata(self.sparkSession, path)
         expected = f"{self.cls.__module__}.{self.cls.__name__}"
         if metadata.get("class") != expected:
-            raise PersistenceError(
-                f"expected a saved {expected} at {path!r}. Received: {metadata.get('class')}"
-            )
+            raise PersistenceError(f"expected a saved {expected} at {path!r}. Received: {metadata.get('class')}")
         entry = metadata.get("sparktf") or {}
         check_versions(entry, path)
         described = entry.get("archive")
@@ -281,9 +279,7 @@ def check_versions(entry: Mapping[str, Any], path: str) -> None:
     """
     saved = entry.get("format")
     if saved is None:
-        raise PersistenceError(
-            f"expected a stage saved by sparktf at {path!r}. Received: another kind of stage"
-        )
+        raise PersistenceError(f"expected a stage saved by sparktf at {path!r}. Received: another kind of stage")
     if int(saved) > FORMAT:
         raise PersistenceError(
             f"{path!r} has format {saved}, of sparktf {entry.get('versions', {}).get('sparktf')}. Expected: "
@@ -314,7 +310,7 @@ def _write_archive(spark: SparkSession, archive: ModelArchive, path: str) -> Non
         table = pa.table({"index": [index], "data": pa.array([piece], pa.large_binary())}, schema=_TABLE)
         # One job a chunk: neither this process nor Spark then holds more than one. Weights do not compress.
         writer = spark.createDataFrame(table).coalesce(1).write.option("compression", "uncompressed")
-        writer.mode("append" if index else "errorifexists").parquet(path)
+        writer.mode("append" if index else "error").parquet(path)
 
 
 def _read_archive(spark: SparkSession, path: str, described: Mapping[str, Any]) -> ModelArchive:

@@ -1,4 +1,4 @@
-"""Scoring in Spark's Python workers: Arrow columns in, one struct of output columns out.
+"""Scoring in Spark's Python workers: Arrow columns in, one column of outputs out.
 
 :func:`score` is all of it, a function of plain arguments that runs without Spark too. A worker process keeps
 the last models it has loaded, so that a second job, and the next task, start at once.
@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sparktf.data.arrow import ColumnReader, Dense, Vectors, is_list
+from sparktf.data.arrow import ColumnReader, is_list
+from sparktf.data.blocks import Dense, Vectors
 from sparktf.data.columns import ColumnSpec
 from sparktf.errors import DataError
 from sparktf.ml.archive import KERAS, ModelArchive
-from sparktf.ml.outputs import OutputField, to_struct
+from sparktf.ml.outputs import OutputField, to_result
 from sparktf.ml.signature import ModelSignature
 
 Forward = Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -68,7 +69,7 @@ class ScoringTask:
     saved_signature: str = ""
 
 
-def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.StructArray]:
+def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
     """Score Arrow batches in order.
 
     Parameters
@@ -80,8 +81,9 @@ def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterato
 
     Yields
     ------
-    pyarrow.StructArray
-        As many rows as came in, in their order; a row with a null in any input has nulls.
+    pyarrow.Array
+        Of the type that ``result_type`` gives for the fields. As many rows as came in, in their order; a row
+        with a null in any input has nulls.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterato
             arrays = tuple(array.filter(keep) for array in arrays)
         tensors = [read_tensor(reader, array) for reader, array in zip(readers, arrays, strict=True)]
         outputs = _run(forward, task, tensors)
-        yield to_struct(task.signature, list(task.fields), outputs, valid)
+        yield to_result(task.signature, list(task.fields), outputs, valid)
 
 
 def valid_rows(arrays: tuple[pa.Array, ...]) -> np.ndarray | None:
@@ -145,10 +147,8 @@ def load_forward(task: ScoringTask) -> Forward:
     # What Keras has to say about a model, it has said to the user who made it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if archive.kind == KERAS:
-            forward = _keras_forward(tf, archive, task)
-        else:
-            forward = _saved_forward(tf, archive, task)
+        build = _keras_forward if archive.kind == KERAS else _saved_forward
+        forward = build(tf, archive, task)
     _models[key] = forward
     while len(_models) > _KEPT_MODELS:
         _models.popitem(last=False)
