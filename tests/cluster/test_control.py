@@ -1,0 +1,126 @@
+"""The control connection: what nodes tell the driver arrives, and strangers tell it nothing."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparktf.cluster.control import CHUNK_BYTES, ControlAddress, ControlClient, ControlServer
+
+SECRET = b"s" * 32
+
+
+class Driver:
+    """A control server and what it was told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.progress: list[tuple[int, dict[str, Any]]] = []
+        self.failed = threading.Event()
+        self.model = directory / "trained.keras"
+        self.server = ControlServer(
+            "127.0.0.1",
+            SECRET,
+            "job",
+            2,
+            str(self.model),
+            lambda rank, told: self.progress.append((rank, told)),
+            self.failed.set,
+        )
+
+    def node(self, rank: int, secret: bytes = SECRET, job: str = "job") -> ControlClient:
+        return ControlClient.connect(ControlAddress("127.0.0.1", self.server.port), secret, job, rank)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    driver = Driver(tmp_path)
+    with driver.server:
+        yield driver
+    assert not [t for t in threading.enumerate() if t.name.startswith("sparktf-control")]
+
+
+def _until(condition: Any, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+def test_progress_arrives_with_its_rank(driver: Driver) -> None:
+    node = driver.node(1)
+    node.progress({"epoch": 1})
+    node.close()
+    assert _until(lambda: driver.progress == [(1, {"epoch": 1})])
+    assert driver.server.failure() is None
+
+
+def test_a_nodes_error_arrives_with_its_traceback(driver: Driver) -> None:
+    node = driver.node(1)
+    node.error("ValueError", "no", "Traceback ...")
+    node.close()
+    failure = driver.server.failure(5.0)
+    assert failure is not None
+    assert (failure.rank, failure.kind, failure.message, failure.traceback) == (1, "ValueError", "no", "Traceback ...")
+    assert driver.failed.is_set()
+
+
+def test_the_error_that_counts_is_not_the_one_about_a_lost_peer(driver: Driver) -> None:
+    first, second = driver.node(0), driver.node(1)
+    first.error("PeerLostError", "rank 1 went away", "")
+    time.sleep(0.1)
+    second.error("ValueError", "no", "")
+    assert _until(lambda: getattr(driver.server.failure(0.5), "rank", None) == 1)
+    first.close()
+    second.close()
+
+
+def test_a_node_that_ends_without_a_word_is_named(driver: Driver) -> None:
+    node = driver.node(1)
+    assert node._connection is not None
+    node._connection.close()
+    failure = driver.server.failure(5.0)
+    assert failure is not None
+    assert (failure.rank, failure.kind) == (1, "")
+
+
+def test_the_chiefs_model_arrives_whole(driver: Driver, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (CHUNK_BYTES // 256 + 17)
+    (tmp_path / "sent").write_bytes(content)
+    node = driver.node(0)
+    assert node.send_model(str(tmp_path / "sent"))
+    node.close()
+    assert _until(lambda: driver.server.model_received)
+    assert driver.model.read_bytes() == content
+
+
+@pytest.mark.parametrize(("secret", "job"), [(b"x" * 32, "job"), (SECRET, "another job")])
+def test_a_node_of_another_job_is_refused_and_goes_on_without(driver: Driver, secret: bytes, job: str) -> None:
+    node = driver.node(0, secret, job)
+    node.progress({"epoch": 1})
+    node.error("ValueError", "no", "")
+    node.close()
+    assert driver.server.failure(0.3) is None
+    assert driver.progress == []
+
+
+def test_a_stranger_who_says_nothing_keeps_nobody_waiting(driver: Driver) -> None:
+    with socket.create_connection(("127.0.0.1", driver.server.port)):
+        node = driver.node(0)
+        node.progress({"epoch": 1})
+        assert _until(lambda: len(driver.progress) == 1)
+        node.close()
+
+
+def test_a_driver_that_cannot_be_reached_is_done_without() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    node = ControlClient.connect(ControlAddress("127.0.0.1", port), SECRET, "job", 0)
+    assert not node.connected
+    node.progress({"epoch": 1})
+    node.close()
