@@ -14,6 +14,7 @@ def build_model(model: Any, batch: tuple[Any, ...]) -> None:
     batch : tuple of tensors
         ``(x,)``, ``(x, y)`` or ``(x, y, weight)`` with shapes and dtypes of a batch; its values are not looked at.
     """
+    import keras
     from keras.src.trainers.trainer import Trainer  # to tell a custom train_step from Keras's own
 
     keras_steps = {getattr(cls, "train_step", None) for cls in type(model).__mro__ if issubclass(cls, Trainer)}
@@ -21,7 +22,9 @@ def build_model(model: Any, batch: tuple[Any, ...]) -> None:
     if custom and model.built:
         # Such a model may have no call() at all (a GAN); what it builds late, all ranks build alike from one seed.
         return
-    model._symbolic_build(data_batch=batch)
+    # The batch may have no rows, and the layers must not take the number of rows for a part of their shape.
+    symbols = keras.tree.map_structure(lambda t: keras.KerasTensor((None, *t.shape[1:]), t.dtype.name), batch)
+    model._symbolic_build(data_batch=symbols)
 
 
 def _is_users(function: Any) -> bool:

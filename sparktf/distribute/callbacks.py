@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 # A callback with this attribute set to True runs on the chief only.
 CHIEF_ONLY_MARK = "sparktf_chief_only"
@@ -44,18 +46,53 @@ def _chief_only(callback: Any) -> bool:
     return isinstance(callback, writers) or bool(getattr(callback, CHIEF_ONLY_MARK, False))
 
 
-def epoch_callback(on_begin: Callable[[int], None], on_end: Callable[[int], None]) -> Any:
-    """Return a callback that calls back at each epoch's begin and end with the epoch's number, from 0."""
+def before_others(on_epoch_begin: Callable[[int], None]) -> Any:
+    """Return a callback, to stand before the user's, that calls back as an epoch begins with its number, from 0."""
     import keras
 
-    class _Epochs(keras.callbacks.Callback):  # type: ignore[misc]
+    class _Before(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            on_begin(epoch)
+            on_epoch_begin(epoch)
+
+    return _Before()
+
+
+def after_others(on_train_begin: Callable[[], None], on_epoch_end: Callable[[int, dict[str, Any]], None]) -> Any:
+    """Return a callback, to stand behind the user's, that calls back before the first epoch and after each.
+
+    Parameters
+    ----------
+    on_train_begin : callable
+    on_epoch_end : callable
+        Called with the epoch's number, from 0, and its logs as the user's callbacks left them.
+    """
+    import keras
+
+    class _After(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_begin(self, logs: Any = None) -> None:
+            on_train_begin()
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            on_end(epoch)
+            on_epoch_end(epoch, dict(logs or {}))
 
-    return _Epochs()
+    return _After()
+
+
+def numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return logs as plain numbers.
+
+    A metric of several numbers (F1 of each class) becomes ``name_0``, ``name_1``, ...; what is not a number is left
+    out.
+    """
+    found: dict[str, float] = {}
+    for name, value in logs.items():
+        values = np.asarray(value)
+        if values.dtype.kind not in "fiub" and values.dtype.name != "bfloat16":
+            continue
+        flat = values.astype(np.float64).reshape(-1)
+        several = values.ndim > 0
+        found |= {f"{name}_{i}" if several else name: float(number) for i, number in enumerate(flat)}
+    return found
 
 
 def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, interval: float = 0.5) -> Any:
@@ -90,7 +127,6 @@ def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, inte
                 report({"epoch": self._epoch, "step": batch + 1, "steps": steps})
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            numbers = {name: float(value) for name, value in (logs or {}).items()}
-            report({"epoch": epoch + 1, "logs": numbers, "seconds": time.monotonic() - self._began})
+            report({"epoch": epoch + 1, "logs": numbers(logs or {}), "seconds": time.monotonic() - self._began})
 
     return _Progress()

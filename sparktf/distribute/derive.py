@@ -37,7 +37,12 @@ def derive(obj: Any, mixin: type) -> None:
 
 def restore(obj: Any) -> None:
     """Give `obj` back the class it had before `derive`."""
-    object.__setattr__(obj, "__class__", type(obj)._sparktf_original)
+    from keras.src.saving import object_registration  # the way from object to name is not public
+
+    derived = type(obj)
+    object.__setattr__(obj, "__class__", derived._sparktf_original)
+    # Workers outlive fits, and each fit derives its own classes.
+    object_registration.GLOBAL_CUSTOM_NAMES.pop(derived, None)
 
 
 def _name_alike(keras: Any, original: type, derived: type) -> None:

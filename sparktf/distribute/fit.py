@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparktf.data.batches import StepPlan, epoch_order
-from sparktf.distribute.callbacks import callbacks_of_rank, epoch_callback, progress_callback
+from sparktf.distribute.callbacks import after_others, before_others, callbacks_of_rank, numbers, progress_callback
 from sparktf.distribute.checks import loss_reduction
 from sparktf.distribute.clock import StepClock
 from sparktf.distribute.model import Coordination, distribute_model, restore_model
@@ -60,7 +61,8 @@ class FitReport:
     Attributes
     ----------
     history : dict of str to list of float
-        Keras's history: one entry an epoch; equal on all ranks.
+        Metrics and losses: one entry an epoch, NaN where an epoch has none; equal on all ranks. A metric of several
+        numbers is ``name_0``, ``name_1``, ...
     epoch_seconds : list of float
         Wall-clock seconds of each epoch on this rank, validation included.
     seconds : float
@@ -144,19 +146,30 @@ def fit_rank(
         clock.reset()
         epoch.begin(number)
 
-    def end(number: int) -> None:
+    def resume() -> None:
+        # BackupAndRestore runs on the chief only, and may have found an earlier fit that did not end.
+        first = int(communicator.all_gather_bytes(str(int(model._initial_epoch or 0)).encode())[0])
+        if first:
+            model._initial_epoch = first
+            broadcast_variables(_all_variables(model), communicator)
+            seed_generators(model, settings.seed, communicator.rank)
+
+    epoch_logs: list[dict[str, float]] = []
+
+    def end(number: int, logs: dict[str, Any]) -> None:
+        epoch_logs.append(numbers(logs))
         check_drift(model.trainable_variables, communicator, number)
         if communicator.size > 1:
             reducer.agree_to_stop()
         result.epoch_seconds.append(epoch.seconds())
 
     # Begun before and ended after all of the user's, whose wishes to stop count.
-    around = [epoch_callback(begin, lambda _: None), epoch_callback(lambda _: None, end)]
+    around = [before_others(begin), after_others(resume, end)]
     observers = [progress_callback(report, plan.steps)] if report is not None else []
     mine = callbacks_of_rank(callbacks, communicator.rank)
     started, talked = time.monotonic(), communicator.stats.seconds
     with _in_step(model, communicator, reducer, clock, rows, plan, settings, result.notices):
-        history = _fit(
+        _fit(
             model,
             reducer,
             training(order, plan.steps),
@@ -164,7 +177,8 @@ def fit_rank(
             validation_data=validation,
             callbacks=[around[0], *mine, *observers, around[1]],
         )
-    result.history = {name: [float(v) for v in values] for name, values in history.history.items()}
+    names = dict.fromkeys(name for logs in epoch_logs for name in logs)
+    result.history = {name: [logs.get(name, math.nan) for logs in epoch_logs] for name in names}
     result.seconds = time.monotonic() - started
     result.communicate_seconds = communicator.stats.seconds - talked
     return result
@@ -185,11 +199,11 @@ class _Epoch:
         return time.monotonic() - self._began
 
 
-def _fit(model: Any, reducer: GradientReducer, dataset: Any, **arguments: Any) -> Any:
+def _fit(model: Any, reducer: GradientReducer, dataset: Any, **arguments: Any) -> None:
     import tensorflow as tf
 
     try:
-        return model.fit(dataset, verbose=0, shuffle=False, **arguments)
+        model.fit(dataset, verbose=0, shuffle=False, **arguments)
     except tf.errors.OpError as error:
         if reducer.failure is not None:
             # TensorFlow's own error holds only the text of what was raised inside the step.

@@ -12,7 +12,7 @@ from sparktf.distribute.checks import refuse_masks
 from sparktf.distribute.clock import StepClock
 from sparktf.distribute.derive import derive, restore
 from sparktf.distribute.reducer import GradientReducer
-from sparktf.distribute.state import average_state, mean_of_logs, sum_metric_states
+from sparktf.distribute.state import average_state, common_names, mean_of_logs, sum_metric_states
 from sparktf.transport import Communicator
 
 
@@ -59,6 +59,8 @@ class Coordination:
         self.last_rows: Any = None
         self.evaluating = 0
         self.joint = False
+        # What the present batch counts for in the losses of single outputs.
+        self.loss_weight: Any = None
 
 
 class _DistributedMixin:
@@ -109,14 +111,18 @@ class _DistributedMixin:
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         import tensorflow as tf
 
-        refuse_masks(kwargs.get("y_pred", args[2] if len(args) > 2 else None))
+        group = self._sparktf
+        predictions = kwargs.get("y_pred", args[2] if len(args) > 2 else None)
+        refuse_masks(predictions)
+        training = bool(kwargs.get("training", not group.evaluating))
+        group.loss_weight = group.share if training else _rows_of(predictions)
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-        if not self._sparktf.sum_loss or not kwargs.get("training", True) or loss is None:
+        if not group.sum_loss or not training or loss is None:
             return loss
         # Every rank's loss is weighted by its share later on, which is right for means and for regularizers; a sum
         # over the rows is divided by the share beforehand.
         others = tf.add_n([tf.cast(value, loss.dtype) for value in self.losses] or [tf.zeros([], loss.dtype)])  # type: ignore[attr-defined]
-        return (loss - others) * tf.cast(self._sparktf.inverse_share, loss.dtype) + others
+        return (loss - others) * tf.cast(group.inverse_share, loss.dtype) + others
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         group = self._sparktf
@@ -149,6 +155,8 @@ def distribute_model(model: Any, coordination: Coordination) -> None:
     coordination.last_rows = tf.Variable(0, dtype=tf.int64, trainable=False, name="last_rows")
     object.__setattr__(model, "_sparktf", coordination)
     derive(model, _DistributedMixin)
+    for tracker in _loss_trackers(model):
+        object.__setattr__(tracker, "update_state", _weighing(tracker.update_state, coordination))
     _forget_functions(model)
 
 
@@ -156,9 +164,36 @@ def restore_model(model: Any) -> None:
     """Undo `distribute_model`."""
     restore(model)
     object.__delattr__(model, "_sparktf")
+    for tracker in _loss_trackers(model):
+        vars(tracker).pop("update_state", None)
     # Keras sets it in every fit; the property of the derived class kept it from doing so.
     model.stop_training = False
     _forget_functions(model)
+
+
+def _loss_trackers(model: Any) -> list[Any]:
+    """Return the metrics in which Keras records the loss of each of several outputs."""
+    return list(getattr(getattr(model, "_compile_loss", None), "metrics", ()))
+
+
+def _weighing(update_state: Any, group: Coordination) -> Any:
+    """Give each rank's loss the part in a step's that it has in the global batch: Keras counts batches, not rows."""
+    import tensorflow as tf
+
+    def update(value: Any, sample_weight: Any = None) -> Any:
+        if group.sum_loss and not group.evaluating:
+            value = value * tf.cast(group.inverse_share, value.dtype)
+        return update_state(value, sample_weight=sample_weight if group.loss_weight is None else group.loss_weight)
+
+    return update
+
+
+def _rows_of(predictions: Any) -> Any:
+    import keras
+    import tensorflow as tf
+
+    flat = keras.tree.flatten(predictions)
+    return tf.shape(flat[0])[0] if flat else None
 
 
 def _forget_functions(model: Any) -> None:
@@ -184,10 +219,23 @@ def _without_seeds(model: Any) -> list[Any]:
 
 def _with_plain_logs(results: dict[str, Any], logs: Any, rows: float, communicator: Communicator) -> dict[str, Any]:
     """Take each of the step's logs from its metric where there is one, else its mean over the ranks."""
-    mine = logs if isinstance(logs, dict) else {}
-    plain = {name: float(value) for name, value in mine.items() if name not in results}
+    mine = _flat(logs) if isinstance(logs, dict) else {}
     # Also a rank without logs takes part, and learns the others'.
-    means = mean_of_logs(plain, rows, communicator)
-    if not means and set(results) >= set(mine):
-        return {name: results[name] for name in mine} or results
-    return {**{name: results[name] for name in mine if name in results}, **means}
+    names = common_names(mine, communicator)
+    plain = {name: _numbers(value) for name, value in mine.items() if name not in results}
+    known = {**mean_of_logs(plain, rows, communicator), **results}
+    return {name: known[name] for name in names if name in known} or results
+
+
+def _flat(logs: dict[str, Any]) -> dict[str, Any]:
+    """Flatten logs as Keras does: all of the compiled metrics may be one dict in them."""
+    flat: dict[str, Any] = {}
+    for name, value in logs.items():
+        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _numbers(value: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(value, np.float64).tolist()

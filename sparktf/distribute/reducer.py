@@ -58,7 +58,7 @@ class GradientReducer:
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[tuple[int, Any], _Layout] = {}
         self._keys = 0
         self._stop_requested = False
         self.stop_agreed = False
@@ -119,8 +119,11 @@ class GradientReducer:
 
         dense = [tf.convert_to_tensor(g) for g in gradients]
 
+        # One optimizer may be applied to several sets of variables in a step.
+        which = (key, tuple((g.dtype.name, tuple(g.shape)) for g in dense))
+
         def host(share: np.ndarray[Any, Any], *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-            return self._reduce_now(key, float(share), arrays)
+            return self._reduce_now(which, float(share), arrays)
 
         reduced = tf.numpy_function(host, [share, *dense], [g.dtype for g in dense], stateful=True)
         reduced = reduced if isinstance(reduced, list | tuple) else [reduced]
@@ -128,7 +131,9 @@ class GradientReducer:
             tensor.set_shape(gradient.shape)
         return list(reduced)
 
-    def _reduce_now(self, key: int, share: float, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def _reduce_now(
+        self, key: tuple[int, Any], share: float, arrays: Sequence[np.ndarray[Any, Any]]
+    ) -> list[np.ndarray[Any, Any]]:
         started = time.perf_counter()
         try:
             layout = self._layouts.get(key) or self._agree_on_layout(key, arrays)
@@ -164,7 +169,7 @@ class GradientReducer:
                 np.multiply(array.reshape(-1), dtype.type(share), out=target)
         buffers[layout.flag_dtype][layout.flag_at] = 1 if self._stop_requested else 0
 
-    def _agree_on_layout(self, key: int, arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:
+    def _agree_on_layout(self, key: tuple[int, Any], arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:
         layout = _Layout(arrays)
         everyones = self._communicator.all_gather_bytes(layout.digest())
         differing = [rank for rank, digest in enumerate(everyones) if digest != everyones[0]]

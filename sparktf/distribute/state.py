@@ -50,7 +50,8 @@ def seed_generators(model: Any, seed: int, rank: int) -> None:
     Ranks so draw independent dropout masks, and a second fit draws the same ones.
     """
     for index, state in enumerate(seed_variables(model)):
-        drawn = np.random.SeedSequence([seed, rank, index]).generate_state(int(np.prod(state.shape)))
+        # SeedSequence takes no negative numbers; two's complement keeps every seed distinct.
+        drawn = np.random.SeedSequence([seed % 2**64, rank, index]).generate_state(int(np.prod(state.shape)))
         state.assign(drawn.reshape(state.shape).astype(state.dtype))
 
 
@@ -120,12 +121,18 @@ def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> Non
             start += value.size
 
 
-def mean_of_logs(logs: Mapping[str, float], weight: float, communicator: Communicator) -> dict[str, float]:
+def common_names(names: Iterable[str], communicator: Communicator) -> list[str]:
+    """Return the names that any rank has, in the order of the first rank that has them; equal on all ranks."""
+    everyones = communicator.all_gather_bytes(json.dumps(list(names)).encode())
+    return list(dict.fromkeys(name for theirs in everyones for name in json.loads(theirs)))
+
+
+def mean_of_logs(logs: Mapping[str, Any], weight: float, communicator: Communicator) -> dict[str, Any]:
     """Row-weighted mean over the ranks of logs that no metric stands behind.
 
     Parameters
     ----------
-    logs : mapping of str to float
+    logs : mapping of str to float or (nested) list of float
         This rank's logs; ranks may have different ones (a rank without validation rows has none).
     weight : float
         This rank's rows behind the logs; a rank with 0 does not count.
@@ -133,17 +140,18 @@ def mean_of_logs(logs: Mapping[str, float], weight: float, communicator: Communi
 
     Returns
     -------
-    dict of str to float
+    dict of str to float or numpy.ndarray
         Equal on all ranks.
     """
     everyones = communicator.all_gather_bytes(json.dumps([weight, dict(logs)]).encode())
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     weights: dict[str, float] = {}
     for their_weight, their_logs in map(json.loads, everyones):
         for name, value in their_logs.items() if their_weight else ():
-            totals[name] = totals.get(name, 0.0) + value * their_weight
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64) * their_weight
             weights[name] = weights.get(name, 0.0) + their_weight
-    return {name: total / weights[name] for name, total in totals.items()}
+    means = {name: total / weights[name] for name, total in totals.items()}
+    return {name: mean if np.ndim(mean) else float(mean) for name, mean in means.items()}
 
 
 def check_drift(variables: Sequence[Any], communicator: Communicator, epoch: int) -> None:
