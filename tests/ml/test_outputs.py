@@ -174,7 +174,7 @@ def test_an_empty_name_switches_a_column_off() -> None:
 
 
 def test_a_mapping_must_name_outputs_of_the_model() -> None:
-    with pytest.raises(ParamError, match="outputs of the model, out. Received: 'other'"):
+    with pytest.raises(ParamError, match=r"outputs of the model, out\. Received: 'other'"):
         plan_outputs(signature_of("values", (1,)), mapping={"other": "column"})
 
 
