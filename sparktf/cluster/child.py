@@ -42,7 +42,7 @@ def train_in_child(
     host: str,
     threads: int,
     report: Callable[[dict[str, Any]], None] | None,
-    save_to: str | None,
+    save: bool,
 ) -> dict[str, Any]:
     """Do what `sparktf.cluster.training.train` does, in a child process.
 
@@ -59,7 +59,7 @@ def train_in_child(
         The address that the child listens on.
     threads : int
     report : callable or None
-    save_to : str or None
+    save : bool
 
     Raises
     ------
@@ -90,7 +90,7 @@ def train_in_child(
             "host": host,
             "threads": threads,
             "report": report is not None,
-            "save_to": save_to,
+            "save": save,
         }
         try:
             send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
@@ -213,7 +213,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             communicator,
             job.settings,
             report if told["report"] else None,
-            told["save_to"],
+            told["save"],
         )
 
 

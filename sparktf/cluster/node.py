@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.spooling import spool_partition
 from sparktf.cluster.threads import start_tensorflow, threads_for
-from sparktf.cluster.training import make_model, node_directory, train
+from sparktf.cluster.training import make_model, train
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator, connect
@@ -141,26 +142,25 @@ def _train(
     archive = job.archive_bytes()
     chief = communicator.rank == 0
     report = control.progress if chief else None
-    with registered(program.custom_objects), node_directory() as directory:
-        save_to = os.path.join(directory, "trained.keras") if chief else None
+    with registered(program.custom_objects):
         model = make_model(archive, program, job.settings.seed)
         specs = program.feed.specs(model)
         made = time.monotonic()
         with spool_partition(batches, specs, communicator, min(_MEET_SECONDS, job.timeout / 4)) as spool:
             fed = time.monotonic()
             if job.threads in (0, available):
-                told = train(program, model, specs, spool, communicator, job.settings, report, save_to)
+                told = train(program, model, specs, spool, communicator, job.settings, report, chief)
             else:
                 # The threads of this process are fixed, and are not the ones that were asked for.
-                told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, save_to)
+                told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
         told |= {
             "protocol": communicator.protocol,
             "protocol_reason": _reason(job, communicator),
             "start_seconds": made - started,
             "feed_seconds": fed - made,
         }
-        results = [(REPORT, 0, json.dumps(told).encode())]
-        return results + (_deliver(save_to, control) if save_to is not None else [])
+    saved = told.pop("saved")
+    return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, control) if chief else [])]
 
 
 def _reason(job: TrainJob, communicator: Communicator) -> str:
@@ -172,14 +172,17 @@ def _reason(job: TrainJob, communicator: Communicator) -> str:
 
 
 def _deliver(path: str, control: ControlClient) -> list[Result]:
-    """Send the trained model to the driver; return it as result rows where that cannot be done."""
-    if control.connected and control.send_model(path):
-        return []
-    parts: list[Result] = []
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            parts.append((MODEL, len(parts), chunk))
-    return parts
+    """Send the trained model to the driver and remove it; return it as result rows where it cannot be sent."""
+    try:
+        if control.connected and control.send_model(path):
+            return []
+        parts: list[Result] = []
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                parts.append((MODEL, len(parts), chunk))
+        return parts
+    finally:
+        shutil.rmtree(os.path.dirname(path))
 
 
 def _row(rank: int, name: str, part: int, payload: bytes) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from sparktf.cluster.job import Program
@@ -53,7 +53,7 @@ def load_model(archive: bytes) -> Any:
     """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
     import keras
 
-    with node_directory() as directory:
+    with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
         path = os.path.join(directory, "model.keras")
         with open(path, "wb") as file:
             file.write(archive)
@@ -61,13 +61,6 @@ def load_model(archive: bytes) -> Any:
             # A model that was never trained has no optimizer variables to load, and Keras warns of that.
             warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
             return keras.saving.load_model(path, safe_mode=False)
-
-
-@contextmanager
-def node_directory() -> Iterator[str]:
-    """Hold a private directory on the node's scratch disk for the time of a with block."""
-    with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
-        yield directory
 
 
 def train(
@@ -78,7 +71,7 @@ def train(
     communicator: Communicator,
     settings: FitSettings,
     report: Callable[[dict[str, Any]], None] | None,
-    save_to: str | None,
+    save: bool,
 ) -> dict[str, Any]:
     """Train a model on a spooled partition, together with the other ranks.
 
@@ -93,13 +86,14 @@ def train(
     settings : FitSettings
     report : callable or None
         Receives progress.
-    save_to : str or None
-        File to save the trained model to, as a ``.keras`` archive.
+    save : bool
+        Save the trained model.
 
     Returns
     -------
     dict
-        What there is to tell of the fit, JSON-able.
+        What there is to tell of the fit, JSON-able. Under ``"saved"`` the path of the trained model, a ``.keras`` file
+        in a directory of its own that the caller removes; None where it was not saved.
     """
     validation = next((s.name for s in specs if s.kind == "validation"), None)
     ours, held_out = split_rows(spool, validation)
@@ -122,9 +116,19 @@ def train(
     build_model(model, _first_batch(training, rows, settings))
     callbacks = program.callbacks
     fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report)
-    if save_to is not None:
-        model.save(save_to)
-    return _describe(fitted, rows, spool)
+    return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
+
+
+def _save(model: Any) -> str:
+    # Made only now, so that a node that is killed while it trains leaves nothing behind.
+    directory = tempfile.mkdtemp(prefix="sparktf-", dir=local_directory())
+    try:
+        path = os.path.join(directory, "trained.keras")
+        model.save(path)
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
+    return path
 
 
 def _describe(fitted: FitReport, rows: RankRows, spool: Spool) -> dict[str, Any]:

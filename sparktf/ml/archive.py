@@ -1,4 +1,4 @@
-"""A trained model as one immutable file, and the classes that Keras needs to read it."""
+"""A trained model as one immutable file on the driver's disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 import weakref
@@ -98,16 +97,12 @@ class ModelArchive:
             return cls._from_directory(path)
         if not zipfile.is_zipfile(path):
             what = "a file that is not a zip archive" if os.path.exists(path) else "nothing there"
-            raise PersistenceError(
-                f"expected a .keras archive or a SavedModel directory at {path!r}. Received: {what}"
-            )
+            raise PersistenceError(f"expected a .keras archive or a SavedModel directory at {path!r}. Received: {what}")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         kind = SAVED_MODEL if "saved_model.pb" in names else KERAS
         if kind == KERAS and "config.json" not in names:
-            raise PersistenceError(
-                f"expected a .keras archive at {path!r}. Received: a zip without config.json"
-            )
+            raise PersistenceError(f"expected a .keras archive at {path!r}. Received: a zip without config.json")
         with _private_directory() as directory:
             target = os.path.join(directory, "model.keras" if kind == KERAS else "model.zip")
             shutil.move(path, target) if move else shutil.copyfile(path, target)
@@ -180,51 +175,16 @@ class ModelArchive:
             while piece := file.read(size):
                 yield piece
 
+    def close(self) -> None:
+        """Remove the file now; for an archive that nobody else holds. May be called twice."""
+        self._remove()
+
     def __reduce__(self) -> Any:
         """Refuse to be pickled: the file would be lost without a word."""
         raise PersistenceError("a ModelArchive is a file on this machine. Send read_bytes() instead")
 
     def __repr__(self) -> str:
         return f"ModelArchive(kind={self.kind!r}, size={self.size:,}, digest={self.digest[:12]!r})"
-
-
-def custom_objects() -> dict[str, Any]:
-    """Return a snapshot of Keras's registry of custom classes and functions: ``{"package>name": object}``."""
-    # Where Keras was never imported, nothing is registered; importing it to see that would take seconds.
-    keras = sys.modules.get("keras")
-    return dict(keras.saving.get_custom_objects()) if keras is not None else {}
-
-
-@contextmanager
-def registered(objects: Mapping[str, Any]) -> Iterator[None]:
-    """Hold custom objects in Keras's registry of this process, and put back what stood there at exit.
-
-    For Spark's Python workers, which outlive jobs: a class that came by pickle must be found by
-    ``keras.saving.get_registered_name`` now, and must not be there for the next job. What is registered
-    inside the block by others (a library imported there) stays.
-
-    Parameters
-    ----------
-    objects : mapping of str to class or callable
-        As :func:`custom_objects` returns it; keys are ``"package>name"``.
-    """
-    import keras
-    from keras.src.saving import object_registration  # the way back from object to name is not public
-
-    tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
-        (keras.saving.get_custom_objects(), dict(objects)),
-        (object_registration.GLOBAL_CUSTOM_NAMES, {value: name for name, value in objects.items()}),
-    ]
-    before = [{key: table[key] for key in added if key in table} for table, added in tables]
-    for table, added in tables:
-        table.update(added)
-    try:
-        yield
-    finally:
-        for (table, added), old in zip(tables, before, strict=True):
-            for key in added:
-                table.pop(key, None)
-            table.update(old)
 
 
 def _load_keras(path: str, objects: Mapping[str, Any] | None, compile: bool, safe_mode: bool) -> keras.Model:
@@ -270,11 +230,7 @@ def _private_directory() -> Iterator[str]:
 
 
 def _files_below(root: str) -> list[str]:
-    names = [
-        os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, files in os.walk(root)
-        for name in files
-    ]
+    names = [os.path.relpath(os.path.join(folder, name), root) for folder, _, files in os.walk(root) for name in files]
     return sorted(names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from sparktf.ml.summary import TrainingSummary
 
 if TYPE_CHECKING:
     import keras
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
 
 
 class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
@@ -125,13 +126,13 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         started = time.monotonic()
         feed = plan_feed(self, dataset.schema)
         check_cluster(dataset.sparkSession, self.getNumWorkers())
-        archive = self._archive(feed)
+        archive = self._archive(feed, dataset.sparkSession)
         objects = custom_objects()
         with temporary_directory() as directory:
             result = run_training(
                 spread_rows(dataset, feed, self.getNumWorkers()),
                 self._program(objects, feed),
-                payload_for(archive, dataset.sparkSession) if archive is not None else None,
+                archive,
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers(),
                 protocol=self.getProtocol(),
@@ -145,8 +146,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         fitted = TFModel._create(trained, uid=self.uid, summary=summary, custom_objects=objects)
         return self._copyValues(fitted)
 
-    def _archive(self, feed: Feed) -> ModelArchive | None:
-        """Check the model against the columns and return it as an archive; None where modelFn makes it."""
+    def _archive(self, feed: Feed, spark: SparkSession) -> Any:
+        """Check the model against the columns and return what a job carries of it; None where modelFn makes it."""
         model, model_fn = self.getModel(), self.getModelFn()
         if (model is None) == (model_fn is None):
             given = "neither" if model is None else "both"
@@ -161,7 +162,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         if self.getNumWorkers() > 1:
             loss_reduction(model)
         check_shapes(feed, model)
-        return ModelArchive.from_model(model)
+        with contextlib.closing(ModelArchive.from_model(model)) as archive:
+            return payload_for(archive, spark)
 
     def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:
         return pickled(Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed))

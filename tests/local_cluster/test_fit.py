@@ -1,0 +1,92 @@
+"""Fits whose nodes are in executors of their own: equal results, and failures that are named in time."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from failing import Break
+
+from sparktf.errors import NodeError, SlotsError, TransportError, TransportTimeoutError
+from sparktf.ml import TFEstimator
+
+PROMISED_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def rows(spark: Any) -> Any:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(301, 4))
+    data = [([float(v) for v in row], float(row.sum())) for row in x]
+    return spark.createDataFrame(data, "features array<float>, label double").repartition(3).cache()
+
+
+def _model() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.2), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    return model
+
+
+def _estimator(**params: Any) -> TFEstimator:
+    return TFEstimator(**{"model": _model(), "numWorkers": 2, "epochs": 3, "verbose": 0, **params})
+
+
+def _executors(spark: Any) -> set[str]:
+    running = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    return {running.apply(i).id() for i in range(running.size())}
+
+
+def test_two_fits_are_equal_to_the_last_bit(rows: Any, no_leftovers: Any) -> None:
+    first, second = (_estimator().fit(rows) for _ in range(2))
+    assert first.summary.worldSize == 2
+    assert first.summary.protocol == "tcp"
+    assert first.summary.history.equals(second.summary.history)
+    for ours, theirs in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_reaches_the_driver_and_the_session_fits_again(
+    spark: Any, rows: Any, rank: int, no_leftovers: Any
+) -> None:
+    before = _executors(spark)
+    with pytest.raises(NodeError, match="kaboom") as caught:
+        _estimator(callbacks=[Break(rank, "raise")]).fit(rows)
+    raised = float(re.search(r"kaboom at ([\d.]+)", str(caught.value))[1])
+    assert time.time() - raised < PROMISED_SECONDS
+    assert caught.value.rank == rank
+    assert "failing.py" in caught.value.remote_traceback
+    assert _executors(spark) == before
+    assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
+
+
+def test_a_killed_node_is_named_in_time_and_the_session_fits_again(spark: Any, rows: Any, no_leftovers: Any) -> None:
+    before = _executors(spark)
+    with pytest.raises(NodeError, match="Rank 1 was lost") as caught:
+        _estimator(callbacks=[Break(1, "SIGKILL")]).fit(rows)
+    assert caught.value.rank == 1
+    assert _executors(spark) == before
+    assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
+
+
+def test_a_stopped_node_is_named_within_the_timeout(rows: Any) -> None:
+    with pytest.raises(TransportError, match="rank 1") as caught:
+        _estimator(callbacks=[Break(1, "SIGSTOP")], timeout=5.0).fit(rows)
+    assert isinstance(caught.value, TransportTimeoutError)
+
+
+def test_too_few_slots_are_told_at_once(rows: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(SlotsError, match=r"Expected 3 task slots.*received 2"):
+        _estimator(numWorkers=3).fit(rows)
+    assert time.monotonic() - started < PROMISED_SECONDS
+
+
+def test_a_node_with_threads_of_its_own_trains_in_a_child_process(rows: Any, no_leftovers: Any) -> None:
+    usual, other = _estimator(epochs=1).fit(rows), _estimator(epochs=1, threadsPerWorker=3).fit(rows)
+    np.testing.assert_allclose(usual.summary.history.loss, other.summary.history.loss, rtol=1e-5)
