@@ -13,8 +13,9 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
 from sparktf.data.columns import ColumnSpec
+from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import ParamError, PersistenceError
-from sparktf.ml.archive import KERAS, ModelArchive, custom_objects
+from sparktf.ml.archive import KERAS, ModelArchive
 from sparktf.ml.inputs import ModelInput, choose_inputs, feed_expression
 from sparktf.ml.outputs import OutputField, plan_outputs, result_type
 from sparktf.ml.params import _TFModelParams

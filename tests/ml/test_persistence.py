@@ -19,9 +19,10 @@ from pyspark.ml.evaluation import MulticlassClassificationEvaluator
 from pyspark.ml.feature import VectorAssembler
 from pyspark.ml.tuning import CrossValidator, CrossValidatorModel, ParamGridBuilder
 
+from sparktf.distribute.custom_objects import custom_objects, registered
 from sparktf.errors import PersistenceError
 from sparktf.ml import persistence
-from sparktf.ml.archive import ModelArchive, custom_objects, registered
+from sparktf.ml.archive import ModelArchive
 from sparktf.ml.model import TFModel
 from sparktf.ml.params import _TFEstimatorParams
 from sparktf.ml.persistence import EstimatorPersistence

@@ -12,9 +12,10 @@ import pytest
 from keras import layers
 
 from sparktf.data.columns import ColumnSpec
+from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import DataError
 from sparktf.ml import scoring
-from sparktf.ml.archive import ModelArchive, custom_objects
+from sparktf.ml.archive import ModelArchive
 from sparktf.ml.outputs import plan_outputs
 from sparktf.ml.scoring import ScoringTask, score, valid_rows
 from sparktf.ml.signature import ModelSignature
