@@ -137,6 +137,11 @@ class Feed:
 
     def _pack_labels(self, model: keras.Model) -> Callable[[dict[str, Any]], Any]:
         if len(self.labels) == 1 and self.labels[0].target is None:
+            if len(wanting := _outputs_with_loss(model)) > 1:
+                raise ParamError(
+                    f"Expected labelMapping for a model with losses on {len(wanting)} outputs ({', '.join(wanting)}), "
+                    f"received only labelCol={self.labels[0].source!r}."
+                )
             return _single(self.labels[0].name)
         by_target = {str(c.target): c.name for c in self.labels}
         known = output_names(model)
@@ -165,6 +170,17 @@ def output_names(model: keras.Model) -> list[str]:
     return [spec.name for spec in output_specs(model)] if getattr(model, "outputs", None) else []
 
 
+def _outputs_with_loss(model: keras.Model) -> list[str]:
+    import keras
+
+    names, loss = output_names(model), getattr(model, "loss", None)
+    if not keras.tree.is_nested(loss):
+        return names if loss is not None else []
+    if isinstance(loss, Mapping):
+        return [name for name in names if loss.get(name) is not None]
+    return [name for name, one in zip(names, keras.tree.flatten(loss), strict=False) if one is not None]
+
+
 def check_shapes(feed: Feed, model: keras.Model) -> None:
     """Compare columns and model as far as the schema tells; on the driver, before the job starts.
 
@@ -173,13 +189,14 @@ def check_shapes(feed: Feed, model: keras.Model) -> None:
     ParamError, DataError
         As `Feed.specs`; and where the number of values a row cannot be what an input takes.
     """
+    # What kind of values there are comes before how many.
+    feed.specs(model)
+    feed.packs(model)
     for column, tensor in _pair(feed.inputs, model_inputs(model), "inputMapping"):
         if tensor is not None:
             known = [d for d in tensor.shape if d is not None]
             wanted = math.prod(known) if len(known) == len(tensor.shape) else None
             check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
-    feed.specs(model)
-    feed.packs(model)
 
 
 def _pair(
