@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from sparktf.ml.archive import ModelArchive
 
-# Up to here a model travels in the UDF's own pickle. Every task unpickles that, used or not, so that beyond a
-# megabyte a broadcast variable, which only a worker without the model reads, is cheaper.
+# Up to here a model travels in the UDF's own pickle. Spark broadcasts larger pickles anyway, anew for every UDF;
+# a broadcast variable of our own is made once for all transforms, and read only by workers without the model.
 _INLINE_BYTES = 1 << 20
 
 # Connect has no broadcast variables, and takes no message over 128 MiB. A file is uploaded once in pieces.
