@@ -60,9 +60,7 @@ def java_version(java: Path) -> int | None:
     """
     try:
         # A JVM says its version in well under a second; a hung one must not hang us.
-        answer = subprocess.run(
-            [str(java), "-version"], capture_output=True, text=True, timeout=30, check=False
-        )
+        answer = subprocess.run([str(java), "-version"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return parse_version(answer.stderr + answer.stdout)

@@ -153,12 +153,7 @@ def _is_java(process: psutil.Process) -> bool:
 def _is_helper(process: psutil.Process) -> bool:
     """Tell Spark's own processes and multiprocessing's tracker, which outlive a job by design."""
     words = " ".join(_command(process))
-    return (
-        _is_java(process)
-        or "pyspark.daemon" in words
-        or "pyspark/daemon" in words
-        or "resource_tracker" in words
-    )
+    return _is_java(process) or "pyspark.daemon" in words or "pyspark/daemon" in words or "resource_tracker" in words
 
 
 def _is_daemon(process: psutil.Process) -> bool:

@@ -192,6 +192,51 @@ def test_score_runs_under_spark_submit(pipeline_model: str, table: str, tmp_path
     assert (tmp_path / "scored" / "_SUCCESS").exists()
 
 
+@pytest.fixture(scope="module")
+def tf_model(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    import keras
+
+    from sparktf.ml import TFModel
+
+    network = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(3, activation="softmax")])
+    network.compile("sgd", "sparse_categorical_crossentropy")
+    path = str(tmp_path_factory.mktemp("score") / "tf_model")
+    TFModel.fromKeras(network, featuresCol="features").save(path)
+    return path
+
+
+def test_score_loads_a_tensorflow_model_by_itself_and_in_a_pipeline(
+    spark: Any, table: str, tf_model: str, tmp_path: Path
+) -> None:
+    from pyspark.ml import PipelineModel
+    from pyspark.ml.feature import VectorAssembler
+
+    from sparktf.ml import TFModel
+
+    assembler = VectorAssembler(inputCols=["x"], outputCol="features")
+    source, pipeline = str(tmp_path / "input"), str(tmp_path / "pipeline")
+    assembler.transform(spark.read.parquet(table)).write.parquet(source)
+    PipelineModel(stages=[assembler, TFModel.load(tf_model)]).save(pipeline)
+
+    assert _score(tf_model, source, tmp_path / "alone") == 0
+    answer = _run(
+        [sys.executable, "-m", "sparktf", "score", "--model", pipeline, "--input", table, "--output", "piped"],
+        tmp_path,
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+    alone, piped = (spark.read.parquet(str(tmp_path / name)) for name in ("alone", "piped"))
+    assert set(alone.columns) == {"id", "x", "label", "features", "prediction", "probability", "rawPrediction"}
+    assert {row.id: row.prediction for row in alone.collect()} == {row.id: row.prediction for row in piped.collect()}
+
+
+def test_a_table_that_does_not_fit_a_tensorflow_model_fails_the_job(
+    table: str, tf_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _score(tf_model, table, tmp_path / "scored") == 1
+    assert "features" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out

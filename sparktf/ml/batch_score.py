@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparktf.errors import ClusterError, DataError, ParamError, PersistenceError
+from sparktf.quiet import quiet_stderr
 
 if TYPE_CHECKING:
     from pyspark.ml import Transformer
     from pyspark.sql import DataFrame, SparkSession
 
 __all__ = ["ScoreJob", "ScoreResult", "load_stage", "score"]
+
+
+_COLUMNAR_INPUT = "spark.sql.execution.arrow.pythonUDF.columnarInput.enabled"
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,19 @@ def score(spark: SparkSession, job: ScoreJob) -> ScoreResult:
     from pyspark.sql import functions as sf
 
     _check_paths(spark, job)
-    stage = load_stage(spark, job.model)
-    started = time.perf_counter()
-    frame = spark.read.format(job.format).options(**job.options).load(job.input)
+    # A stage of ours imports TensorFlow while it is loaded.
+    with quiet_stderr():
+        stage = load_stage(spark, job.model)
+        started = time.perf_counter()
+        frame = spark.read.format(job.format).options(**job.options).load(job.input)
+        transformed = _transformed(stage, frame)
     # The observation counts while the rows pass: no second pass over the data.
     observation = Observation("scored")
-    scored = _selected(_transformed(stage, frame), job.select).observe(observation, sf.count(sf.lit(1)).alias("rows"))
+    scored = _selected(transformed, job.select).observe(observation, sf.count(sf.lit(1)).alias("rows"))
     temporary = f"{job.output.rstrip('/')}.tmp-{secrets.token_hex(6)}"
     try:
-        scored.write.format(job.output_format or job.format).save(temporary)
+        with _row_input(spark):
+            scored.write.format(job.output_format or job.format).save(temporary)
         _move_into_place(spark, temporary, job.output)
     except BaseException:
         _delete(spark, temporary)
@@ -136,6 +145,21 @@ def load_stage(spark: SparkSession, path: str) -> Transformer:
     if not isinstance(stage, Transformer):
         raise PersistenceError(f"{path} holds a {name}, which is not fitted: save what its fit() returns.")
     return stage
+
+
+@contextmanager
+def _row_input(spark: SparkSession) -> Iterator[None]:
+    """Let Spark pass rows to Python functions while the block runs.
+
+    Spark 4.3 passes a vectorized reader's columns as they are, and cannot do so with an MLlib vector in any of
+    a table's columns, whether the function uses it or not.
+    """
+    before = spark.conf.get(_COLUMNAR_INPUT, "true") or "true"
+    spark.conf.set(_COLUMNAR_INPUT, "false")
+    try:
+        yield
+    finally:
+        spark.conf.set(_COLUMNAR_INPUT, before)
 
 
 def _stage_class(spark: SparkSession, path: str) -> str:

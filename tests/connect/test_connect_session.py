@@ -17,7 +17,5 @@ def test_the_session_is_a_connect_session(spark: Any) -> None:
 
 
 def test_a_barrier_stage_runs_through_connect(spark: Any) -> None:
-    answers = (
-        spark.range(10).repartition(2).mapInArrow(_count_rows_behind_a_barrier, "rows long", barrier=True)
-    )
+    answers = spark.range(10).repartition(2).mapInArrow(_count_rows_behind_a_barrier, "rows long", barrier=True)
     assert sorted(answer.rows for answer in answers.collect()) == [5, 5]
