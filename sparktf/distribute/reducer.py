@@ -29,9 +29,9 @@ class _Layout:
             self.places.append((array.dtype, start, start + array.size))
             sizes[array.dtype] = start + array.size
         # One element more for the stop flag, in the first dtype.
-        self.flag_dtype = arrays[0].dtype
-        self.flag_at = sizes[self.flag_dtype]
-        sizes[self.flag_dtype] += 1
+        self.flag_dtype = arrays[0].dtype if arrays else np.dtype(np.float32)
+        self.flag_at = sizes.get(self.flag_dtype, 0)
+        sizes[self.flag_dtype] = self.flag_at + 1
         self._buffers = [{d: np.zeros(n, dtype=d) for d, n in sizes.items()} for _ in range(2)]
         self._turn = 0
 
@@ -58,7 +58,7 @@ class GradientReducer:
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._layouts: dict[tuple[int, Any], _Layout] = {}
+        self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self._keys = 0
         self._stop_requested = False
         self.stop_agreed = False
@@ -100,14 +100,16 @@ class GradientReducer:
         key : int
             The optimizer's number, from `new_key`.
         gradients : sequence of tensors or IndexedSlices
-            This rank's gradients, floating. Sparse ones are made dense.
+            This rank's gradients, floating. Sparse ones stay sparse: the ranks' slices one after the other, as one
+            process has them for the global batch. Keras's optimizers treat repeated rows of such gradients otherwise
+            than their sum (Adam adds up the squares of each), and an embedding may be too large to be sent whole.
         share : scalar float32 tensor
             This rank's rows by the rows of all ranks in this step. Where it is 0 the gradients are not looked at
             (0 * NaN would be NaN).
 
         Returns
         -------
-        list of tensors
+        list of tensors or IndexedSlices
             The same on every rank, shapes and dtypes of `gradients`.
 
         Raises
@@ -117,22 +119,37 @@ class GradientReducer:
         """
         import tensorflow as tf
 
-        dense = [tf.convert_to_tensor(g) for g in gradients]
-
+        dense = [i for i, g in enumerate(gradients) if not isinstance(g, tf.IndexedSlices)]
+        sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
+        parts = [gradients[i] for i in dense]
+        parts += [part for i in sparse for part in (gradients[i].values, gradients[i].indices)]
+        parts = [tf.convert_to_tensor(part) for part in parts]
         # One optimizer may be applied to several sets of variables in a step.
-        which = (key, tuple((g.dtype.name, tuple(g.shape)) for g in dense))
+        which = (key, len(dense), tuple((p.dtype.name, tuple(p.shape)) for p in parts))
 
         def host(share: np.ndarray[Any, Any], *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-            return self._reduce_now(which, float(share), arrays)
+            return self._reduce_now(which, float(share), arrays[: len(dense)], arrays[len(dense) :])
 
-        reduced = tf.numpy_function(host, [share, *dense], [g.dtype for g in dense], stateful=True)
-        reduced = reduced if isinstance(reduced, list | tuple) else [reduced]
-        for tensor, gradient in zip(reduced, dense, strict=True):
-            tensor.set_shape(gradient.shape)
-        return list(reduced)
+        reduced = tf.numpy_function(host, [share, *parts], [p.dtype for p in parts], stateful=True)
+        reduced = list(reduced) if isinstance(reduced, list | tuple) else [reduced]
+        for tensor, part in zip(reduced[: len(dense)], parts, strict=False):
+            tensor.set_shape(part.shape)
+        for tensor, part in zip(reduced[len(dense) :], parts[len(dense) :], strict=True):
+            tensor.set_shape((None, *part.shape[1:]))
+        results: list[Any] = list(gradients)
+        for place, i in enumerate(dense):
+            results[i] = reduced[place]
+        for place, i in enumerate(sparse):
+            values, indices = reduced[len(dense) + 2 * place :][:2]
+            results[i] = tf.IndexedSlices(values, indices, gradients[i].dense_shape)
+        return results
 
     def _reduce_now(
-        self, key: tuple[int, Any], share: float, arrays: Sequence[np.ndarray[Any, Any]]
+        self,
+        key: tuple[Any, ...],
+        share: float,
+        arrays: Sequence[np.ndarray[Any, Any]],
+        slices: Sequence[np.ndarray[Any, Any]],
     ) -> list[np.ndarray[Any, Any]]:
         started = time.perf_counter()
         try:
@@ -143,16 +160,27 @@ class GradientReducer:
                 self._communicator.all_reduce(buffer)
             if float(buffers[layout.flag_dtype][layout.flag_at]) > 0:
                 self.stop_agreed = True
-            return [
+            summed = [
                 buffers[dtype][start:stop].reshape(array.shape)
                 for (dtype, start, stop), array in zip(layout.places, arrays, strict=True)
             ]
+            return summed + self._gather(share, slices)
         except SparktfError as error:
             # TensorFlow turns whatever is raised here into an error of its own that holds only the text.
             self.failure = error
             raise
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _gather(self, share: float, slices: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Join all ranks' slices, values and indices in turn, the values weighted by the rank's share."""
+        joined = []
+        for place, array in enumerate(slices):
+            mine = array[:0] if share == 0.0 else array
+            if place % 2 == 0:
+                mine = np.multiply(mine, mine.dtype.type(share))
+            joined.append(np.concatenate(self._communicator.all_gather(np.ascontiguousarray(mine))))
+        return joined
 
     def _pack(
         self,
@@ -169,7 +197,7 @@ class GradientReducer:
                 np.multiply(array.reshape(-1), dtype.type(share), out=target)
         buffers[layout.flag_dtype][layout.flag_at] = 1 if self._stop_requested else 0
 
-    def _agree_on_layout(self, key: tuple[int, Any], arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:
+    def _agree_on_layout(self, key: tuple[Any, ...], arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:
         layout = _Layout(arrays)
         everyones = self._communicator.all_gather_bytes(layout.digest())
         differing = [rank for rank, digest in enumerate(everyones) if digest != everyones[0]]

@@ -65,9 +65,7 @@ def boolean(name: str) -> Callable[[Any], bool]:
     return convert
 
 
-def choice(
-    name: str, available: Sequence[str], missing: Mapping[str, str] | None = None
-) -> Callable[[Any], str]:
+def choice(name: str, available: Sequence[str], missing: Mapping[str, str] | None = None) -> Callable[[Any], str]:
     """Accept one of a few words.
 
     Parameters
@@ -150,9 +148,7 @@ def keras_model(value: Any) -> Any:
     if keras is not None and isinstance(value, keras.Model):
         return value
     if type(value).__module__.split(".")[0] == "tf_keras":
-        raise TypeError(
-            "model: expected a Keras 3 model (import keras). Received: a tf_keras (Keras 2) model"
-        )
+        raise TypeError("model: expected a Keras 3 model (import keras). Received: a tf_keras (Keras 2) model")
     if callable(value):
         raise TypeError(f"model: expected a keras.Model. Received: {value!r}. Give functions as modelFn")
     raise wrong_type("model", "a keras.Model", value)
@@ -189,9 +185,7 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} {value.name!r} ({size})"
     if isinstance(value, list) and keras is not None:
         # A callback's repr may hold a model's; class names say enough.
-        value = [
-            type(item).__name__ if isinstance(item, keras.callbacks.Callback) else item for item in value
-        ]
+        value = [type(item).__name__ if isinstance(item, keras.callbacks.Callback) else item for item in value]
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
     return str(value)

@@ -19,7 +19,7 @@ from sparktf.distribute.custom_objects import custom_objects
 from sparktf.distribute.fit import FitSettings
 from sparktf.errors import ParamError
 from sparktf.ml.archive import ModelArchive
-from sparktf.ml.feed import Feed, check_shapes
+from sparktf.ml.feed import Feed
 from sparktf.ml.model import TFModel
 from sparktf.ml.params import _TFEstimatorParams
 from sparktf.ml.payload import payload_for
@@ -124,15 +124,13 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
 
     def _fit(self, dataset: DataFrame) -> TFModel:
         started = time.monotonic()
-        feed = plan_feed(self, dataset.schema)
-        check_cluster(dataset.sparkSession, self.getNumWorkers())
-        archive = self._archive(feed, dataset.sparkSession)
+        feed = self._checked_feed(dataset)
         objects = custom_objects()
         with temporary_directory() as directory:
             result = run_training(
                 spread_rows(dataset, feed, self.getNumWorkers()),
                 self._program(objects, feed),
-                archive,
+                self._payload(dataset.sparkSession),
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers(),
                 protocol=self.getProtocol(),
@@ -146,23 +144,28 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         fitted = TFModel._create(trained, uid=self.uid, summary=summary, custom_objects=objects)
         return self._copyValues(fitted)
 
-    def _archive(self, feed: Feed, spark: SparkSession) -> Any:
-        """Check the model against the columns and return what a job carries of it; None where modelFn makes it."""
+    def _checked_feed(self, dataset: DataFrame) -> Feed:
+        """Plan the feed, and check columns, model and cluster as far as the driver can."""
         model, model_fn = self.getModel(), self.getModelFn()
         if (model is None) == (model_fn is None):
             given = "neither" if model is None else "both"
             raise ParamError(f"Expected one of model (a compiled keras.Model) and modelFn, received {given}.")
-        if model is None:
-            return None
-        if not getattr(model, "compiled", False) or model.optimizer is None:
+        if model is not None and (not getattr(model, "compiled", False) or model.optimizer is None):
             raise ParamError(
                 f"Expected a compiled model, received {model.name!r} without optimizer and loss. Call "
                 "model.compile(optimizer=..., loss=...) first."
             )
-        if self.getNumWorkers() > 1:
+        if model is not None and self.getNumWorkers() > 1:
             loss_reduction(model)
-        check_shapes(feed, model)
-        with contextlib.closing(ModelArchive.from_model(model)) as archive:
+        feed = plan_feed(self, dataset.schema)
+        check_cluster(dataset.sparkSession, self.getNumWorkers())
+        return feed if model is None else feed.for_model(model)
+
+    def _payload(self, spark: SparkSession) -> Any:
+        """Return what a job carries of the model; None where modelFn makes it."""
+        if self.getModel() is None:
+            return None
+        with contextlib.closing(ModelArchive.from_model(self.getModel())) as archive:
             return payload_for(archive, spark)
 
     def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:

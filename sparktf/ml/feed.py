@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparktf.data.columns import STRING, ColumnSpec
 from sparktf.errors import DataError, ParamError
+from sparktf.ml.inputs import PACKED_TYPES
 from sparktf.ml.schema import TEXT, ColumnType, check_size
 from sparktf.ml.signature import TensorSpec
 
@@ -39,11 +40,14 @@ class FeedColumn:
         The model's input or output; None where the model has one and nobody named it.
     columns : tuple of ColumnType
         Several are packed into one array, in this order.
+    tensor : TensorSpec or None
+        What they fill, where the driver has the model.
     """
 
     name: str
     target: str | None
     columns: tuple[ColumnType, ...]
+    tensor: TensorSpec | None = None
 
     @property
     def source(self) -> str:
@@ -55,7 +59,7 @@ class FeedColumn:
         from pyspark.sql import functions as F
 
         if len(self.columns) == 1:
-            return _lone(self.columns[0]).alias(self.name)
+            return _lone(self.columns[0], self._width()).alias(self.name)
         element = self._packed_element()
         if all(c.depth == 0 for c in self.columns):
             return F.array(*[F.col(c.sql).cast(element) for c in self.columns]).alias(self.name)
@@ -68,10 +72,18 @@ class FeedColumn:
             raise DataError(
                 f"Expected columns of one kind to pack into one input, received text beside numbers: {self.source}."
             )
+        if self.tensor is not None:
+            return PACKED_TYPES.get(self.tensor.dtype, "float")
         if kinds == {TEXT}:
             return "string"
         # float holds integers up to 2**24 exactly; ids beyond that come as columns of integers alone.
         return "bigint" if all(c.integral for c in self.columns) else "float"
+
+    def _width(self) -> int:
+        """Return the values in a row as far as schema or model tell; 0 where neither does."""
+        if self.columns[0].size is not None or self.tensor is None:
+            return self.columns[0].size or 0
+        return math.prod(d or 1 for d in self.tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,24 @@ class Feed:
     labels: tuple[FeedColumn, ...]
     weight: ColumnType | None = None
     validation: ColumnType | None = None
+
+    def for_model(self, model: keras.Model) -> Feed:
+        """Return this feed with what the model takes written into it, where the driver has the model.
+
+        Raises
+        ------
+        ParamError, DataError
+            As `specs`; and where the number of values in a row, as far as the schema tells, is not what an input takes.
+        """
+        pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
+        for column, tensor in pairs:
+            if tensor is not None:
+                known = [d for d in tensor.shape if d is not None]
+                wanted = math.prod(known) if len(known) == len(tensor.shape) else None
+                check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
+        self.specs(model)
+        self.packs(model)
+        return replace(self, inputs=tuple(replace(column, tensor=tensor) for column, tensor in pairs))
 
     def expressions(self) -> list[Column]:
         """Return the columns to select from the DataFrame, without the row's id."""
@@ -181,24 +211,6 @@ def _outputs_with_loss(model: keras.Model) -> list[str]:
     return [name for name, one in zip(names, keras.tree.flatten(loss), strict=False) if one is not None]
 
 
-def check_shapes(feed: Feed, model: keras.Model) -> None:
-    """Compare columns and model as far as the schema tells; on the driver, before the job starts.
-
-    Raises
-    ------
-    ParamError, DataError
-        As `Feed.specs`; and where the number of values a row cannot be what an input takes.
-    """
-    # What kind of values there are comes before how many.
-    feed.specs(model)
-    feed.packs(model)
-    for column, tensor in _pair(feed.inputs, model_inputs(model), "inputMapping"):
-        if tensor is not None:
-            known = [d for d in tensor.shape if d is not None]
-            wanted = math.prod(known) if len(known) == len(tensor.shape) else None
-            check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
-
-
 def _pair(
     columns: Sequence[FeedColumn], tensors: Sequence[TensorSpec], mapping: str
 ) -> list[tuple[FeedColumn, TensorSpec | None]]:
@@ -274,10 +286,10 @@ def _like(structure: Any, names: Sequence[str]) -> Callable[[dict[str, Any]], An
     return lambda tensors: keras.tree.pack_sequence_as(structure, [tensors[name] for name in names])
 
 
-def _lone(column: ColumnType) -> Column:
+def _lone(column: ColumnType, width: int) -> Column:
     from pyspark.sql import functions as F
 
-    if column.vector and (column.size or _WIDE) < _WIDE:
+    if column.vector and width < _WIDE:
         return _as_array(column, "float")
     return F.col(column.sql)
 

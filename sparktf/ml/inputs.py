@@ -19,7 +19,7 @@ from sparktf.ml.signature import ModelSignature, TensorSpec
 if TYPE_CHECKING:
     from pyspark.sql import Column
 
-_PACKED_TYPES = {
+PACKED_TYPES = {
     "float64": "double",
     "string": "string",
     "bool": "boolean",
@@ -82,8 +82,7 @@ def choose_inputs(
     if mapping is not None:
         if set(mapping) != set(names):
             raise ParamError(
-                f"inputMapping: expected exactly the model's inputs, {', '.join(names)}. "
-                f"Received: {', '.join(mapping)}"
+                f"inputMapping: expected exactly the model's inputs, {', '.join(names)}. Received: {', '.join(mapping)}"
             )
         chosen = [mapping[name] for name in names]
         return [
@@ -136,7 +135,7 @@ def _single(schema: T.StructType, item: ModelInput, kind: ColumnType) -> Column:
 
 
 def _packed(schema: T.StructType, item: ModelInput, kinds: Sequence[ColumnType]) -> Column:
-    element = _PACKED_TYPES.get(item.spec.dtype, "float")
+    element = PACKED_TYPES.get(item.spec.dtype, "float")
     if all(kind.depth == 0 for kind in kinds):
         return F.array(*[F.col(quoted(schema, kind.column)).cast(element) for kind in kinds])
     parts = []

@@ -279,7 +279,7 @@ def _holds_nan(spec: TensorSpec) -> bool:
 
 
 def _saved_signature(path: str, name: str) -> ModelSignature:
-    tf = import_tensorflow(threads=0)
+    tf = import_tensorflow(threads=len(os.sched_getaffinity(0)))
     signatures = tf.saved_model.load(path).signatures
     if name not in signatures:
         raise ParamError(

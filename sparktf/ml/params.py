@@ -148,9 +148,7 @@ class _TFModelParams(
         return int(self._get(self.predictBatchSize))
 
 
-class _TFEstimatorParams(
-    _TFModelParams, HasLabelCol, HasWeightCol, HasValidationIndicatorCol, HasSeed, HasBatchSize
-):
+class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidationIndicatorCol, HasSeed, HasBatchSize):
     """Everything a fit must know beyond what scoring needs."""
 
     model = _param("model", "a compiled keras.Model; it is read, never changed.", to.keras_model)

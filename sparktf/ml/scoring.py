@@ -6,13 +6,11 @@ the last models it has loaded, so that a second job, and the next task, start at
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
 import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sparktf.cluster.threads import start_tensorflow
 from sparktf.data.arrow import ColumnReader, is_list
 from sparktf.data.blocks import Dense, Vectors
 from sparktf.data.columns import ColumnSpec
@@ -164,19 +163,15 @@ def import_tensorflow(threads: int) -> Any:
         Threads within one operation. Spark runs as many tasks as it has cores; a pool as wide as the machine
         in each of them would only make them wait for each other.
     """
-    if "tensorflow" not in sys.modules:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr("tensorflow" not in sys.modules):
-        import tensorflow as tf
-    try:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+    # As a node does it, for a fit may run in the same worker later.
+    start_tensorflow(threads)
+    import tensorflow as tf
+
+    # Where TensorFlow is in use already, an earlier job's settings stay for the process's life.
+    with contextlib.suppress(RuntimeError):
         for device in tf.config.list_physical_devices("GPU"):
             # Several workers share a GPU; TensorFlow would give all of its memory to the first.
             tf.config.experimental.set_memory_growth(device, True)
-    except RuntimeError:
-        # In use already, by an earlier job in this worker: its settings stay for the process's life.
-        return tf
     return tf
 
 
@@ -185,27 +180,6 @@ def _task_threads() -> int:
 
     context = TaskContext.get()
     return max(1, context.cpus()) if context is not None else 1
-
-
-@contextmanager
-def _quiet_stderr(wanted: bool) -> Iterator[None]:
-    """Hold back what native code writes to file descriptor 2; show it after all if the block fails."""
-    if not wanted:
-        yield
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _keras_forward(tf: Any, archive: ModelArchive, task: ScoringTask) -> Forward:

@@ -192,7 +192,7 @@ def sequence(pooled: bool) -> keras.Model:
     else:
         layers += [keras.layers.Dense(1)]
     model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
-    model.compile(keras.optimizers.SGD(0.2, momentum=0.9), "mse")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
     return model
 
 
