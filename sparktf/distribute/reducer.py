@@ -125,7 +125,7 @@ class GradientReducer:
         parts += [part for i in sparse for part in (gradients[i].values, gradients[i].indices)]
         parts = [tf.convert_to_tensor(part) for part in parts]
         # One optimizer may be applied to several sets of variables in a step.
-        which = (key, len(dense), tuple((p.dtype.name, tuple(p.shape)) for p in parts))
+        which = (key, tuple((p.dtype.name, tuple(p.shape)) for p in parts[: len(dense)]), len(sparse))
 
         def host(share: np.ndarray[Any, Any], *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
             return self._reduce_now(which, float(share), arrays[: len(dense)], arrays[len(dense) :])

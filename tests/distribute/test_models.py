@@ -210,6 +210,20 @@ def test_embeddings_are_trained_as_in_one_process_and_masks_may_be_pooled() -> N
     assert_as_one_process(lambda: sequence(pooled=True), Task((TOKENS, Y[:19]), UNEVEN))
 
 
+def test_a_model_of_nothing_but_an_embedding_can_stop_too() -> None:
+    def make() -> keras.Model:
+        layers = [keras.layers.Embedding(20, 1), keras.layers.GlobalAveragePooling1D()]
+        model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
+        model.compile(keras.optimizers.SGD(0.5, global_clipnorm=0.5), "mse")
+        return model
+
+    assert_as_one_process(make, Task((TOKENS, Y[:19]), UNEVEN, epochs=1))
+    stopped = Task((TOKENS, Y[:19]), UNEVEN, callbacks=lambda rank: [StopAt(0)] if rank == 1 else [])
+    ranks = by_ranks(make, stopped)
+    assert_ranks_agree(ranks)
+    assert int(ranks[0].model.optimizer.iterations.numpy()) == 2
+
+
 def test_models_of_several_inputs_and_outputs_are_trained_as_in_one_process() -> None:
     def make() -> keras.Model:
         left, right = keras.Input((4,), name="left"), keras.Input((2,), name="right")
