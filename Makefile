@@ -46,7 +46,6 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(PYTEST) -q tests/test_layering.py
 
