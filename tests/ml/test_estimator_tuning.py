@@ -1,0 +1,94 @@
+"""Model selection of Spark ML over estimators, with fits that run at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from pyspark.ml import Pipeline
+from pyspark.ml.evaluation import BinaryClassificationEvaluator, MulticlassClassificationEvaluator
+from pyspark.ml.feature import StandardScaler, VectorAssembler
+from pyspark.ml.tuning import CrossValidator, ParamGridBuilder, TrainValidationSplit
+from pyspark.sql import DataFrame
+
+from sparktf.ml import TFEstimator, TFModel
+
+
+@pytest.fixture(scope="module")
+def frame(spark: Any) -> DataFrame:
+    values = np.random.default_rng(3).normal(size=(60, 2))
+    rows = [(float(a), float(b), float(a + b > 0)) for a, b in values]
+    created = spark.createDataFrame(rows, "a double, b double, label double").repartition(2)
+    assembled = VectorAssembler(inputCols=["a", "b"], outputCol="features").transform(created).cache()
+    assert assembled.count() == 60
+    return assembled
+
+
+def small(rate: float) -> keras.Model:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile(keras.optimizers.SGD(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def maker(rate: float) -> Callable[[], keras.Model]:
+    return lambda: small(rate)
+
+
+def estimator(**params: Any) -> TFEstimator:
+    return TFEstimator(**{"batchSize": 8, "epochs": 3, "verbose": 0, "timeout": 60.0, **params})
+
+
+def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(frame: DataFrame) -> None:
+    est = estimator(numWorkers=2)
+    grid = ParamGridBuilder().addGrid(est.model, [small(0.0001), small(0.5)]).build()
+    evaluator = MulticlassClassificationEvaluator(metricName="accuracy")
+
+    def validated(parallelism: int) -> Any:
+        return CrossValidator(
+            estimator=est,
+            estimatorParamMaps=grid,
+            evaluator=evaluator,
+            numFolds=2,
+            seed=1,
+            parallelism=parallelism,
+            collectSubModels=True,
+        ).fit(frame)
+
+    beside, after = validated(2), validated(1)
+    assert beside.avgMetrics == after.avgMetrics
+    assert beside.avgMetrics[1] > 0.85
+    assert isinstance(beside.bestModel, TFModel)
+    np.testing.assert_array_equal(beside.bestModel.model.get_weights()[0], after.bestModel.model.get_weights()[0])
+    assert all(isinstance(sub, TFModel) and sub.summary.worldSize == 2 for fold in beside.subModels for sub in fold)
+
+
+def test_functions_stand_in_a_grid_and_stages_in_a_pipeline_that_is_split(frame: DataFrame) -> None:
+    scaler = StandardScaler(inputCol="features", outputCol="scaled", withMean=True)
+    est = estimator(featuresCol="scaled")
+    grid = ParamGridBuilder().addGrid(est.modelFn, [maker(0.0001), maker(0.5)]).addGrid(est.epochs, [1, 4]).build()
+    split = TrainValidationSplit(
+        estimator=Pipeline(stages=[scaler, est]),
+        estimatorParamMaps=grid,
+        evaluator=BinaryClassificationEvaluator(),
+        trainRatio=0.7,
+        seed=1,
+        parallelism=2,
+    ).fit(frame)
+    assert len(split.validationMetrics) == 4
+    best = split.bestModel.stages[-1]
+    assert best.summary.history["epoch"].max() in (1, 4)
+    assert max(split.validationMetrics) > 0.9
+    assert split.transform(frame).where("prediction = label").count() > 45
+
+
+def test_param_maps_and_copies_fit_with_their_own_values(frame: DataFrame) -> None:
+    est = estimator(model=small(0.5))
+    maps = [{est.epochs: 1, est.predictionCol: "first"}, {est.epochs: 2, est.predictionCol: "second"}]
+    first, second = est.fit(frame, maps)
+    assert (len(first.summary.history), len(second.summary.history)) == (1, 2)
+    both = second.transform(first.transform(frame).drop("probability", "rawPrediction"))
+    assert {"first", "second"} <= set(both.columns)
+    assert est.getEpochs() == 3
