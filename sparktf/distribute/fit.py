@@ -223,6 +223,8 @@ def _in_step(
     notices: list[str],
 ) -> Iterator[None]:
     """Hold the model and its optimizers in their distributed form."""
+    # Before the first exchange, so that every rank raises this error itself.
+    sum_loss = communicator.size > 1 and loss_reduction(model) == "sum"
     broadcast_variables(_all_variables(model), communicator)
     seed_generators(model, settings.seed, communicator.rank)
     if communicator.size == 1:
@@ -234,7 +236,7 @@ def _in_step(
         clock,
         row_weight=rows.training[communicator.rank] / sum(rows.training),
         validation_rows=rows.validation[communicator.rank],
-        sum_loss=loss_reduction(model) == "sum",
+        sum_loss=sum_loss,
         may_idle=any(plan.local_rows(plan.steps - 1, rank) == 0 for rank in range(communicator.size)),
     )
     optimizers = find_optimizers(model)

@@ -6,6 +6,7 @@ own ``fit`` runs: its callbacks, validation, history, ``steps_per_execution`` an
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from sparktf.distribute.checks import refuse_masks
@@ -130,7 +131,11 @@ class _DistributedMixin:
         joint_before, group.joint = group.joint, bool(kwargs.get("_use_cached_eval_dataset"))
         group.evaluating += 1
         try:
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            with warnings.catch_warnings():
+                if group.joint and not group.validation_rows:
+                    # Keras takes a rank that has no rows to validate for one whose data ended too early.
+                    warnings.filterwarnings("ignore", message="Your input ran out of data")
+                return super().evaluate(*args, **kwargs)  # type: ignore[misc]
         finally:
             group.evaluating -= 1
             group.joint = joint_before

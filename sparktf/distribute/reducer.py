@@ -149,7 +149,7 @@ class GradientReducer:
         key: tuple[Any, ...],
         share: float,
         arrays: Sequence[np.ndarray[Any, Any]],
-        slices: Sequence[np.ndarray[Any, Any]],
+        slices: Sequence[np.ndarray[Any, Any]] = (),
     ) -> list[np.ndarray[Any, Any]]:
         started = time.perf_counter()
         try:

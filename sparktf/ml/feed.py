@@ -109,14 +109,15 @@ class Feed:
         ParamError, DataError
             As `specs`; and where the number of values in a row, as far as the schema tells, is not what an input takes.
         """
+        # What kind of values there are comes before how many.
+        self.specs(model)
+        self.packs(model)
         pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
         for column, tensor in pairs:
             if tensor is not None:
                 known = [d for d in tensor.shape if d is not None]
                 wanted = math.prod(known) if len(known) == len(tensor.shape) else None
                 check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
-        self.specs(model)
-        self.packs(model)
         return replace(self, inputs=tuple(replace(column, tensor=tensor) for column, tensor in pairs))
 
     def expressions(self) -> list[Column]:

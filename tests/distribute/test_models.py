@@ -201,9 +201,10 @@ TOKENS = _RANDOM.integers(0, 20, size=(19, 5)).astype("int32")
 
 def test_an_output_with_a_mask_is_refused() -> None:
     task = Task((TOKENS, np.repeat(Y[:19, None], 5, 1)), UNEVEN, epochs=1)
-    for rank in by_ranks(lambda: sequence(pooled=False), task):
-        assert isinstance(rank, ParamError)
-        assert "mask" in str(rank)
+    ranks = by_ranks(lambda: sequence(pooled=False), task)
+    assert all("mask_zero" in str(rank) for rank in ranks)
+    # A rank that is a little later learns it from the other one.
+    assert any(isinstance(rank, ParamError) for rank in ranks)
 
 
 def test_embeddings_are_trained_as_in_one_process_and_masks_may_be_pooled() -> None:
@@ -374,9 +375,10 @@ def test_metrics_of_several_numbers_become_one_column_each() -> None:
     assert {"f1_0", "f1_1", "loss"} == set(ranks[0].report.history)
 
 
-def test_validation_rows_may_lie_on_one_rank_only() -> None:
+def test_validation_rows_may_lie_on_one_rank_only(recwarn: pytest.WarningsRecorder) -> None:
     task = replace(REGRESSION, held_out=(X[19:28], Y[19:28]), held_out_rows=(0, 9))
     assert_as_one_process(lambda: mlp(keras.optimizers.SGD(0.1), metrics=["mae"]), task)
+    assert not [warning for warning in recwarn if "ran out of data" in str(warning.message)]
 
 
 @pytest.mark.parametrize("rows", [(19, 0), (0, 0, 5), (1, 0, 1)])
