@@ -26,7 +26,7 @@ $(STAMP): requirements/lock.txt requirements/uv.txt setup.cfg pyproject.toml
 	@requirements/make_venv.sh .venv
 	@echo "Installing $$(grep -c == requirements/lock.txt) packages into .venv ..."
 	@$(BIN)/python -m pip --quiet --disable-pip-version-check install -r requirements/uv.txt
-	@VIRTUAL_ENV=.venv $(UV) pip sync requirements/lock.txt
+	@VIRTUAL_ENV=.venv $(UV) pip sync --compile-bytecode requirements/lock.txt
 	@VIRTUAL_ENV=.venv $(UV) pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -111,7 +111,7 @@ class ModelArchive:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Take an archive's bytes, as :meth:`read_bytes` gave them."""
-        with _private_directory() as directory:
+        with tempfile.TemporaryDirectory(prefix="sparktf-received-") as directory:
             path = os.path.join(directory, "received")
             with open(path, "wb") as file:
                 file.write(data)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 __all__ = ["ScoreJob", "ScoreResult", "load_stage", "score"]
-
-
-_COLUMNAR_INPUT = "spark.sql.execution.arrow.pythonUDF.columnarInput.enabled"
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,7 @@ def score(spark: SparkSession, job: ScoreJob) -> ScoreResult:
     scored = _selected(transformed, job.select).observe(observation, sf.count(sf.lit(1)).alias("rows"))
     temporary = f"{job.output.rstrip('/')}.tmp-{secrets.token_hex(6)}"
     try:
-        with _row_input(spark):
-            scored.write.format(job.output_format or job.format).save(temporary)
+        scored.write.format(job.output_format or job.format).save(temporary)
         _move_into_place(spark, temporary, job.output)
     except BaseException:
         _delete(spark, temporary)
@@ -145,21 +140,6 @@ def load_stage(spark: SparkSession, path: str) -> Transformer:
     if not isinstance(stage, Transformer):
         raise PersistenceError(f"{path} holds a {name}, which is not fitted: save what its fit() returns.")
     return stage
-
-
-@contextmanager
-def _row_input(spark: SparkSession) -> Iterator[None]:
-    """Let Spark pass rows to Python functions while the block runs.
-
-    Spark 4.3 passes a vectorized reader's columns as they are, and cannot do so with an MLlib vector in any of
-    a table's columns, whether the function uses it or not.
-    """
-    before = spark.conf.get(_COLUMNAR_INPUT, "true") or "true"
-    spark.conf.set(_COLUMNAR_INPUT, "false")
-    try:
-        yield
-    finally:
-        spark.conf.set(_COLUMNAR_INPUT, before)
 
 
 def _stage_class(spark: SparkSession, path: str) -> str:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyspark.ml import Model
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from sparktf.data.columns import ColumnSpec
 from sparktf.distribute.custom_objects import custom_objects
@@ -224,12 +225,13 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         if not fields:
             return dataset
         task = self._task(inputs, fields, dataset)
+        frame, expressions, added = _apart_from_scans(dataset, expressions, self.uid)
         scored = f"{self.uid}__scored"
-        frame = dataset.withColumn(scored, _udf(task, len(inputs))(*expressions))
+        frame = frame.withColumn(scored, _udf(task, len(inputs))(*expressions))
         whole = F.col(f"`{scored}`")
         parts = [whole] if len(fields) == 1 else [whole.getField(field.field) for field in fields]
         columns = {f.column: _output_column(part, f) for f, part in zip(fields, parts, strict=True)}
-        return frame.withColumns(columns).drop(scored)
+        return frame.withColumns(columns).drop(scored, *added)
 
     def _task(self, inputs: list[ModelInput], fields: list[OutputField], dataset: DataFrame) -> ScoringTask:
         archive = self._trained.archive
@@ -255,6 +257,28 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         archive = self._trained.archive
         trained = f", epochs={self._summary.epochs}" if self._summary is not None else ""
         return f"TFModel: uid={self.uid}, archive={archive.size:,} bytes{trained}"
+
+
+def _apart_from_scans(
+    dataset: DataFrame, expressions: list[Column], uid: str
+) -> tuple[DataFrame, list[Column], list[str]]:
+    """Keep a UDF from reading a columnar scan directly where a column is an MLlib vector.
+
+    Spark 4.3 hands such a scan's columns to Arrow UDFs as they are, vectors too, which it then cannot convert
+    (UNSUPPORTED_DATATYPE), whether the UDF uses them or not. A projection that depends on the partition's id is one
+    that Spark does not merge with the scan.
+
+    Returns
+    -------
+    DataFrame, list of Column, list of str
+        The frame, the UDF's inputs, and the helper columns to drop.
+    """
+    if not any(isinstance(field.dataType, T.UserDefinedType) for field in dataset.schema.fields):
+        return dataset, expressions, []
+    names = [f"{uid}__input_{i}" for i in range(len(expressions))]
+    always = F.spark_partition_id() >= 0
+    guarded = {name: F.when(always, column) for name, column in zip(names, expressions, strict=True)}
+    return dataset.withColumns(guarded), [F.col(f"`{name}`") for name in names], names
 
 
 def _output_column(column: Column, field: OutputField) -> Column:

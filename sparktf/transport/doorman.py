@@ -129,9 +129,7 @@ class Doorman:
                     return
                 time.sleep(_RETRY_SECONDS)
                 continue
-            thread = threading.Thread(
-                target=self._shake, args=(sock, address), name="sparktf-handshake", daemon=True
-            )
+            thread = threading.Thread(target=self._shake, args=(sock, address), name="sparktf-handshake", daemon=True)
             with self._lock:
                 if self._closed or len(self._busy) >= _MOST_HANDSHAKES:
                     sock.close()

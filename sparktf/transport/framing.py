@@ -92,9 +92,7 @@ def send_frame(sock: socket.socket, kind: int, payload: bytes | memoryview, time
             f"Expected to send a frame of {view.nbytes} bytes within {timeout} s; the peer did not take it."
         ) from exc
     except OSError as exc:
-        raise PeerLostError(
-            f"The connection broke while sending a frame of {view.nbytes} bytes: {exc}"
-        ) from exc
+        raise PeerLostError(f"The connection broke while sending a frame of {view.nbytes} bytes: {exc}") from exc
 
 
 def recv_frame(sock: socket.socket, timeout: float | None, limit: int) -> tuple[int, bytes]:

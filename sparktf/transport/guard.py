@@ -141,9 +141,7 @@ class GuardedCommunicator(Communicator):
             state = "it does not answer at all: its process is stopped, or its machine or network is gone"
         else:
             state = f"it is alive, and busy with {answers[blame]}"
-        message = (
-            f"no progress for {self._timeout} s, waiting for rank {exc.peer} ({exc}); rank {blame}: {state}"
-        )
+        message = f"no progress for {self._timeout} s, waiting for rank {exc.peer} ({exc}); rank {blame}: {state}"
         return _Failure(TransportTimeoutError, message, blame)
 
     def _fail(self, failure: _Failure, *, tell: bool) -> _Failure:
@@ -163,9 +161,7 @@ class GuardedCommunicator(Communicator):
 
     def _on_failure(self, peer: int, reason: str, told: bool) -> None:
         """Hear from the watch that a rank is lost."""
-        message = (
-            f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
-        )
+        message = f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
         self._fail(_Failure(PeerLostError, message, peer, reason), tell=not told)
 
     def _on_send_error(self, exc: Exception) -> None:

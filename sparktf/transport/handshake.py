@@ -119,9 +119,7 @@ def _left(deadline: float) -> float:
 
 def _split(payload: bytes) -> tuple[bytes, bytes]:
     if len(payload) < NONCE_BYTES:
-        raise HandshakeError(
-            f"Expected a nonce of {NONCE_BYTES} bytes. Received: {len(payload)} bytes in all."
-        )
+        raise HandshakeError(f"Expected a nonce of {NONCE_BYTES} bytes. Received: {len(payload)} bytes in all.")
     return payload[:NONCE_BYTES], payload[NONCE_BYTES:]
 
 

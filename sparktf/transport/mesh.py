@@ -47,9 +47,7 @@ class Mesh:
             sock.close()
 
 
-def connect_mesh(
-    rank: int, size: int, exchange: Exchange, secret: bytes, timeout: float, host: str | None
-) -> Mesh:
+def connect_mesh(rank: int, size: int, exchange: Exchange, secret: bytes, timeout: float, host: str | None) -> Mesh:
     """Connect this rank with all others.
 
     Parameters
@@ -128,9 +126,7 @@ def _exchange_addresses(
     packed = json.dumps(own).encode()
     entries = exchange(packed)
     if len(entries) != size:
-        raise HandshakeError(
-            f"Expected the exchange to give {size} entries (size). Received: {len(entries)}."
-        )
+        raise HandshakeError(f"Expected the exchange to give {size} entries (size). Received: {len(entries)}.")
     if entries[rank] != packed:
         raise HandshakeError(f"Expected entry {rank} of the exchange to be this rank's own. It is another's.")
     book = []

@@ -47,9 +47,7 @@ def check_array(array: Array, *, written: bool) -> None:
         Whether the operation writes into it.
     """
     if not isinstance(array, np.ndarray):
-        raise ParamError(
-            f"Expected a numpy.ndarray. Received: {type(array).__name__}. Convert it with numpy.asarray."
-        )
+        raise ParamError(f"Expected a numpy.ndarray. Received: {type(array).__name__}. Convert it with numpy.asarray.")
     if array.dtype not in _CODES:
         known = ", ".join(dtype.name for dtype in _CODES)
         raise ParamError(f"Expected an array of one of the dtypes {known}. Received: {array.dtype}. Cast it.")

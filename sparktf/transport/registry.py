@@ -98,9 +98,7 @@ def connect(
     if not isinstance(secret, bytes) or not secret:
         raise ParamError(f"Expected secret to be bytes, not empty. Received: {type(secret).__name__}.")
     if not 0 < timeout <= _LONGEST_TIMEOUT:
-        raise ParamError(
-            f"Expected timeout in seconds, above 0 and at most {_LONGEST_TIMEOUT}. Received: {timeout!r}."
-        )
+        raise ParamError(f"Expected timeout in seconds, above 0 and at most {_LONGEST_TIMEOUT}. Received: {timeout!r}.")
     if host in ("", "0.0.0.0", "::"):
         raise ParamError(
             f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "

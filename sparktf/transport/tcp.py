@@ -58,9 +58,7 @@ class TcpCommunicator(GuardedCommunicator):
         self._collectives = 0
         self._sent_to = dict.fromkeys(mesh.data, 0)
         self._received_from = dict.fromkeys(mesh.data, 0)
-        self._channels = {
-            peer: Channel(sock, peer, timeout, self._ask) for peer, sock in sorted(mesh.data.items())
-        }
+        self._channels = {peer: Channel(sock, peer, timeout, self._ask) for peer, sock in sorted(mesh.data.items())}
         self._left = self._channels[(rank - 1) % size]
         self._right = self._channels[(rank + 1) % size]
         self._outbox = Outbox(_INLINE_BYTES, self._on_send_error)
@@ -182,8 +180,7 @@ class TcpCommunicator(GuardedCommunicator):
         """Send the whole to everybody; everybody reduces in the order of ranks, so bits are equal."""
         view = as_bytes(flat)
         slots = [
-            self._slots[peer * flat.nbytes : (peer + 1) * flat.nbytes].view(flat.dtype)
-            for peer in range(self.size)
+            self._slots[peer * flat.nbytes : (peer + 1) * flat.nbytes].view(flat.dtype) for peer in range(self.size)
         ]
         for channel in self._channels.values():
             channel.send(header, view)
@@ -248,9 +245,7 @@ class TcpCommunicator(GuardedCommunicator):
 
     def _channel(self, peer: int) -> Channel:
         if peer not in self._channels:
-            raise ParamError(
-                f"Expected another rank than {self.rank}, in 0..{self.size - 1}. Received: {peer!r}."
-            )
+            raise ParamError(f"Expected another rank than {self.rank}, in 0..{self.size - 1}. Received: {peer!r}.")
         return self._channels[peer]
 
     def _buffer(self, name: str, nbytes: int) -> Array:

@@ -34,9 +34,7 @@ class Watch:
         Returns what this rank is doing, in words, for peers that ask.
     """
 
-    def __init__(
-        self, controls: dict[int, socket.socket], on_failure: OnFailure, doing: Callable[[], str]
-    ) -> None:
+    def __init__(self, controls: dict[int, socket.socket], on_failure: OnFailure, doing: Callable[[], str]) -> None:
         self._controls = controls
         self._on_failure = on_failure
         self._doing = doing

@@ -27,9 +27,7 @@ VECTOR = pa.struct(
         ("values", pa.list_(pa.float64())),
     ]
 )
-bounded = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def spool_of(directory, specs, batches, **more):

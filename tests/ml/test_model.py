@@ -222,3 +222,14 @@ def test_saved_models_score_by_their_signature(tmp_path: Path, frame: Any, rows:
         TFModel.fromSavedModel(tmp_path / "saved", signature="other")
     with pytest.raises(PersistenceError, match=r"holds no keras\.Model"):
         _ = model.model
+
+
+def test_tables_of_vectors_are_scored_straight_from_parquet(tmp_path: Path, frame: Any, rows: np.ndarray) -> None:
+    path = str(tmp_path / "vectors")
+    frame.write.parquet(path)
+    network = dense(1, loss="mse")
+    expected = network.predict(rows.astype(np.float32), verbose=0).reshape(-1)
+    for params in ({}, {"inputCols": ["a", "b", "c"]}):
+        scored = TFModel.fromKeras(network, **params).transform(frame.sparkSession.read.parquet(path))
+        assert scored.columns == [*frame.columns, "prediction"]
+        np.testing.assert_allclose(by_id(scored, "prediction"), expected, rtol=1e-5, atol=1e-6)

@@ -71,9 +71,7 @@ def test_garbage_is_refused_at_once(data):
     assert took < 0.4
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x01" + (40).to_bytes(8, "big") + b"half of it"], ids=["none", "half"]
-)
+@pytest.mark.parametrize("data", [b"", b"\x01" + (40).to_bytes(8, "big") + b"half of it"], ids=["none", "half"])
 def test_a_stranger_that_goes_silent_is_refused_at_the_deadline(data):
     took, message = accept_what(lambda sock: sock.sendall(data))
     assert 0.4 < took < 2

@@ -96,9 +96,7 @@ def test_a_rank_that_dies_before_it_connects_is_named():
     assert str(second) == "dies here"
 
 
-@pytest.mark.parametrize(
-    "entry", [b"", b"not json", b"[]", b'{"rank": 0, "size": 3, "host": "x", "port": 1}']
-)
+@pytest.mark.parametrize("entry", [b"", b"not json", b"[]", b'{"rank": 0, "size": 3, "host": "x", "port": 1}'])
 def test_an_exchange_that_returns_something_else_is_refused(entry):
     outcomes = pair(lambda rank: lambda own: [own, entry] if rank == 0 else [entry, own], timeout=1.0)
     assert all(isinstance(outcome, TransportError) for outcome in outcomes)
@@ -106,9 +104,7 @@ def test_an_exchange_that_returns_something_else_is_refused(entry):
 
 def test_an_address_that_is_not_ours_is_an_error_that_says_what_to_pass():
     with pytest.raises(TransportError, match="host="):
-        transport.connect(
-            "tcp", rank=0, size=2, exchange=lambda entry: [entry] * 2, secret=b"s", host="192.0.2.1"
-        )
+        transport.connect("tcp", rank=0, size=2, exchange=lambda entry: [entry] * 2, secret=b"s", host="192.0.2.1")
 
 
 def test_the_default_address_connects():
@@ -134,9 +130,7 @@ def test_two_groups_with_the_same_secret_do_not_mix():
     outcomes = [None, None]
 
     def group(number):
-        outcomes[number] = run_threads(
-            "tcp", 3, lambda comm: float(comm.all_reduce(np.full(200_000, number))[-1])
-        )
+        outcomes[number] = run_threads("tcp", 3, lambda comm: float(comm.all_reduce(np.full(200_000, number))[-1]))
 
     threads = [threading.Thread(target=group, args=(number,), daemon=True) for number in range(2)]
     for thread in threads:

@@ -59,9 +59,7 @@ class Collectives:
         op=st.sampled_from(OPS),
         seed=st.integers(0, 99),
     )
-    def test_reductions_equal_those_of_numpy(
-        self, size: int, length: int, dtype: str, op: str, seed: int
-    ) -> None:
+    def test_reductions_equal_those_of_numpy(self, size: int, length: int, dtype: str, op: str, seed: int) -> None:
         parts = arrays(size, length, dtype, seed)
         if op == "mean" and not dtype.startswith(("float", "bfloat")):
             op = "sum"
