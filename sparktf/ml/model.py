@@ -22,8 +22,9 @@ from sparktf.ml.outputs import OutputField, plan_outputs, result_type
 from sparktf.ml.params import _TFModelParams
 from sparktf.ml.payload import payload_for
 from sparktf.ml.persistence import ModelPersistence
-from sparktf.ml.scoring import ScoringTask, import_tensorflow, score
+from sparktf.ml.scoring import ScoringTask, score
 from sparktf.ml.signature import ModelSignature, TensorSpec
+from sparktf.quiet import quiet_stderr
 
 if TYPE_CHECKING:
     import keras
@@ -303,7 +304,8 @@ def _holds_nan(spec: TensorSpec) -> bool:
 
 
 def _saved_signature(path: str, name: str) -> ModelSignature:
-    tf = import_tensorflow(threads=len(os.sched_getaffinity(0)))
+    with quiet_stderr():
+        import tensorflow as tf
     signatures = tf.saved_model.load(path).signatures
     if name not in signatures:
         raise ParamError(
