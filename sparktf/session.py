@@ -104,6 +104,8 @@ def _existing_session() -> SparkSession | None:
 def _settings(master: str) -> dict[str, str]:
     # A URI: its escapes leave no blank at which Spark would split the options.
     quiet = f"-Dlog4j2.configurationFile={(Path(__file__).parent / 'log4j2-quiet.properties').as_uri()}"
+    # MLlib looks for the system's BLAS and complains where there is none; its own in Java does as well.
+    quiet += " -Ddev.ludovic.netlib.blas.allowNative=false"
     settings = {
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",

@@ -124,7 +124,7 @@ def _control_server(spark: Any, job: TrainJob, path: str, on_progress: Progress,
     timers: list[threading.Timer] = []
 
     def cancel_later() -> None:
-        timer = threading.Timer(_CANCEL_SECONDS, lambda: spark.interruptTag(tag))
+        timer = threading.Timer(_CANCEL_SECONDS, lambda: _cancel(spark, tag))
         timer.daemon = True
         timers.append(timer)
         timer.start()
@@ -140,15 +140,26 @@ def _control_server(spark: Any, job: TrainJob, path: str, on_progress: Progress,
 
 @contextlib.contextmanager
 def _tagged(spark: Any, tag: str) -> Iterator[None]:
-    """Tag this thread's Spark jobs; interrupt them where the block is left by an error (Ctrl-C above all)."""
-    spark.addTag(tag)
+    """Tag this thread's Spark jobs; cancel them where the block is left by an error (Ctrl-C above all)."""
+    # Not the session's own tags on classic Spark: in 4.3 the first one makes the session's JVM object unfit to be
+    # serialized, and with it every MLlib model whose summary holds the session.
+    tags = spark if is_connect(spark) else spark.sparkContext
+    add, remove = (tags.addTag, tags.removeTag) if is_connect(spark) else (tags.addJobTag, tags.removeJobTag)
+    add(tag)
     try:
         yield
     except BaseException:
-        spark.interruptTag(tag)
+        _cancel(spark, tag)
         raise
     finally:
-        spark.removeTag(tag)
+        remove(tag)
+
+
+def _cancel(spark: Any, tag: str) -> None:
+    if is_connect(spark):
+        spark.interruptTag(tag)
+    else:
+        spark.sparkContext.cancelJobsWithTag(tag)
 
 
 def _collect(feed: Any, job: TrainJob, server: ControlServer | None) -> list[Any]:
