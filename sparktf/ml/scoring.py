@@ -51,7 +51,7 @@ class ScoringTask:
         One a model input, in the model's order.
     fields : tuple of OutputField
     batch_size : int
-        Rows in one forward pass, at most.
+        Rows in one forward pass, about.
     custom_objects : mapping
         Keras's registry of the driver.
     saved_signature : str
@@ -243,12 +243,12 @@ def _compiled(tf: Any, call: Callable[..., list[Any]], task: ScoringTask) -> For
 
 
 def _run(forward: Forward, task: ScoringTask, tensors: list[np.ndarray]) -> list[np.ndarray]:
-    """Run the model in even slices of at most ``batch_size`` rows."""
+    """Run the model in even slices of about ``batch_size`` rows: half as many again at most, to keep slices few."""
     rows = len(tensors[0])
     if rows == 0:
         shapes = [(0, *(length or 0 for length in spec.shape)) for spec in task.signature.outputs]
         return [np.zeros(shape, np.float32) for shape in shapes]
-    slices = -(-rows // task.batch_size)
+    slices = max(1, round(rows / task.batch_size))
     edges = [rows * i // slices for i in range(slices + 1)]
     parts = [forward([t[a:b] for t in tensors]) for a, b in pairwise(edges)]
     return parts[0] if slices == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
