@@ -31,6 +31,7 @@ REPORT, MODEL = "report", "model"
 
 # Ranks that spool meet this often, in seconds.
 _MEET_SECONDS = 10.0
+_FITS, _NEEDS_CHILD = b"fits", b"child"
 
 Exchange = Callable[[bytes], list[bytes]]
 Result = tuple[str, int, bytes]
@@ -125,12 +126,22 @@ def _run(
 
     # On one machine, whatever its name resolves to.
     host = addresses[rank].rsplit(":", 1)[0] if len(set(addresses)) > 1 else "127.0.0.1"
-    with connect(
-        job.protocol, rank=rank, size=job.world_size, exchange=meet, secret=job.secret, timeout=job.timeout, host=host
-    ) as communicator:
+    with _connect(job, rank, meet, host) as communicator:
         check_versions(dict(job.versions), peers)
         threads = threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank]))
         return _train(batches, job, communicator, control, host, threads)
+
+
+def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communicator:
+    return connect(
+        job.protocol,
+        rank=rank,
+        size=job.world_size,
+        exchange=exchange,
+        secret=job.secret,
+        timeout=job.timeout,
+        host=host,
+    )
 
 
 def _train(
@@ -148,10 +159,16 @@ def _train(
         made = time.monotonic()
         with spool_partition(batches, specs, communicator, min(_MEET_SECONDS, job.timeout / 4)) as spool:
             fed = time.monotonic()
-            if job.threads in (0, available):
+            # The threads of this process are fixed, and may not be the ones that were asked for.
+            fits = job.threads in (0, available)
+            all_fit = all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD))
+            if all_fit:
                 told = train(program, model, specs, spool, communicator, job.settings, report, chief)
+            elif fits:
+                # Children make a group of their own, met through the parents'; this rank joins it as it is.
+                with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
+                    told = train(program, model, specs, spool, group, job.settings, report, chief)
             else:
-                # The threads of this process are fixed, and are not the ones that were asked for.
                 told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
         told |= {
             "protocol": communicator.protocol,

@@ -90,3 +90,11 @@ def test_too_few_slots_are_told_at_once(rows: Any) -> None:
 def test_a_node_with_threads_of_its_own_trains_in_a_child_process(rows: Any, no_leftovers: Any) -> None:
     usual, other = _estimator(epochs=1).fit(rows), _estimator(epochs=1, threadsPerWorker=3).fit(rows)
     np.testing.assert_allclose(usual.summary.history.loss, other.summary.history.loss, rtol=1e-5)
+
+
+def test_a_rank_in_a_child_process_trains_with_one_in_its_worker(rows: Any, no_leftovers: Any) -> None:
+    with pytest.raises(NodeError, match="Rank 1 was lost"):
+        _estimator(callbacks=[Break(1, "SIGKILL")]).fit(rows)
+    # Both workers are new now; one of them gets threads of its own.
+    _estimator(numWorkers=1, epochs=1, threadsPerWorker=3).fit(rows)
+    assert len(_estimator(epochs=2, threadsPerWorker=1).fit(rows).summary.history) == 2
