@@ -105,3 +105,10 @@ class DriftError(SparktfError, RuntimeError):
 
 class PersistenceError(SparktfError, RuntimeError):
     """A stage or a model cannot be saved or loaded as asked."""
+
+
+def own_error(name: str) -> type[SparktfError] | None:
+    """Return the exception of this module that a qualified name stands for; None for any other name."""
+    module, _, short = name.rpartition(".")
+    found = globals().get(short) if module == __name__ else None
+    return found if isinstance(found, type) and issubclass(found, SparktfError) else None

@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = ["quiet_stderr"]
+
+
+# Two threads that held the descriptor at once would give it back in the wrong order.
+_LOCK = threading.RLock()
 
 
 @contextmanager
@@ -22,9 +27,9 @@ def quiet_stderr() -> Iterator[None]:
     process write meanwhile is held as well.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
+    with _LOCK, tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        kept = os.dup(2)
         os.dup2(held.fileno(), 2)
         try:
             yield

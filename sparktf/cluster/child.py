@@ -6,6 +6,7 @@ rendezvous, which it lends to the child over a socket pair. The child dies with 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -15,13 +16,13 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import sparktf.errors
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
-from sparktf.errors import NodeError, PeerLostError, SparktfError
+from sparktf.errors import NodeError, PeerLostError, own_error
 from sparktf.transport import Communicator, connect
 from sparktf.transport.framing import recv_frame, send_frame
 
@@ -81,7 +82,8 @@ def train_in_child(
                 command, pass_fds=(theirs.fileno(), *fds), env=environment, stdin=subprocess.DEVNULL
             )
         told = {
-            "job": job,
+            # Its archive travels beside it: a broadcast variable cannot be pickled on a worker.
+            "job": replace(job, archive=None),
             "archive": archive,
             "specs": specs,
             "spool": spool.describe(),
@@ -93,8 +95,11 @@ def train_in_child(
             "save": save,
         }
         try:
-            send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
-            outcome = _serve(ours, communicator, report)
+            outcome = None
+            # A child that ends before it has read all of this is told of by its exit status.
+            with contextlib.suppress(PeerLostError):
+                send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
+                outcome = _serve(ours, communicator, report)
         finally:
             # Wakes a child that still waits for an answer.
             ours.shutdown(socket.SHUT_RDWR)
@@ -130,10 +135,10 @@ def _serve(
 
 
 def _rebuild(error: dict[str, Any], rank: int) -> Exception:
-    known = getattr(sparktf.errors, error["kind"], None)
+    known = own_error(error["kind"])
     if known is PeerLostError:
         return PeerLostError(error["message"], error["peer"], error["reason"])
-    if isinstance(known, type) and issubclass(known, SparktfError) and known is not NodeError:
+    if known is not None and known is not NodeError:
         return known(error["message"])
     message = f"{error['kind']}: {error['message']}\n\n{error['traceback']}"
     return NodeError(message, rank, error["traceback"])
@@ -160,7 +165,7 @@ def main(descriptor: int) -> int:
             result = _train(sock, cloudpickle.loads(payload))
         except Exception as error:  # whatever a user's model or callback raises goes to the parent
             described = {
-                "kind": type(error).__name__,
+                "kind": f"{type(error).__module__}.{type(error).__qualname__}",
                 "message": str(error),
                 "traceback": traceback.format_exc(),
                 "peer": getattr(error, "peer", None),

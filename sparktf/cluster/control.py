@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from sparktf.errors import HandshakeError, TransportError
+from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError, own_error
 from sparktf.transport.framing import recv_frame, send_frame
 from sparktf.transport.handshake import accept, initiate
 
@@ -49,7 +49,7 @@ class NodeFailure:
     ----------
     rank : int
     kind : str
-        The exception's class name; empty where the node vanished without a word.
+        The exception's qualified class name; empty where the node vanished without a word.
     message, traceback : str
         As the node printed them.
     """
@@ -77,6 +77,8 @@ class ControlServer:
         ``on_progress(rank, dict)``, called from this server's threads.
     on_failure : callable
         Called once, after the first node failed.
+    timeout : float
+        Seconds without a word after which a node is taken for hanging; nodes report progress more often.
     """
 
     def __init__(
@@ -88,10 +90,12 @@ class ControlServer:
         model_path: str,
         on_progress: Callable[[int, dict[str, Any]], None],
         on_failure: Callable[[], None],
+        timeout: float,
     ) -> None:
         self._secret, self._job_id, self._world_size = secret, job_id, world_size
         self._model_path = model_path
         self._on_progress, self._on_failure = on_progress, on_failure
+        self._timeout = timeout
         self._lock = threading.Condition()
         self._failures: list[NodeFailure] = []
         self._model_done = False
@@ -176,10 +180,17 @@ class ControlServer:
                 return
             try:
                 self._listen(connection, rank)
+            except TransportTimeoutError:
+                message = f"no progress for {self._timeout} s (timeout): its process is stopped, or its program hangs"
+                self._fail(NodeFailure(rank, "", message, ""))
             except TransportError:
                 # The node vanished: a node that leaves in good order says so first.
                 if not self._closed:
-                    self._fail(NodeFailure(rank, "", "the node's process ended without a word", ""))
+                    self._fail(
+                        NodeFailure(rank, "", "its process ended without a word (killed, perhaps for its memory)", "")
+                    )
+            except OSError as error:
+                self._fail(NodeFailure(rank, "", f"its model could not be written on the driver: {error}", ""))
 
     def _admit(self, connection: socket.socket) -> int:
         deadline = time.monotonic() + _HANDSHAKE_SECONDS
@@ -191,16 +202,22 @@ class ControlServer:
             )
         return rank
 
+    def _show(self, rank: int, report: dict[str, Any]) -> None:
+        try:
+            self._on_progress(rank, report)
+        except Exception:  # a screen that cannot be written to must not end a fit
+            _LOG.warning("progress of rank %d could not be shown", rank, exc_info=True)
+
     def _listen(self, connection: socket.socket, rank: int) -> None:
         with contextlib.ExitStack() as stack:
             model: BinaryIO | None = None
             while True:
-                # Without end: a node may train for hours without a word, and its death closes the connection.
-                kind, payload = recv_frame(connection, None, _FRAME_LIMIT)
+                kind, payload = recv_frame(connection, self._timeout, _FRAME_LIMIT)
                 if kind == _PROGRESS:
-                    self._on_progress(rank, json.loads(payload))
+                    self._show(rank, json.loads(payload))
                 elif kind == _ERROR:
                     self._fail(NodeFailure(rank, **json.loads(payload)))
+                    return
                 elif kind == _MODEL and rank == 0:
                     model = model or stack.enter_context(open(self._model_path, "wb"))
                     model.write(payload)
@@ -222,7 +239,7 @@ class ControlServer:
 
 
 def _secondary(failure: NodeFailure) -> bool:
-    return failure.kind in ("PeerLostError", "TransportTimeoutError")
+    return own_error(failure.kind) in (PeerLostError, TransportTimeoutError)
 
 
 class ControlClient:
@@ -246,6 +263,7 @@ class ControlClient:
         try:
             connection = socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             initiate(connection, secret, {"job": job_id, "rank": rank}, time.monotonic() + _HANDSHAKE_SECONDS)
         except OSError as error:
             _LOG.warning("the driver cannot be reached at %s:%d: %s", address.host, address.port, error)
@@ -262,6 +280,10 @@ class ControlClient:
     def progress(self, report: dict[str, Any]) -> None:
         """Tell the driver how far this node is."""
         self._send(_PROGRESS, json.dumps(report).encode())
+
+    def alive(self) -> None:
+        """Tell the driver that this node goes on, in a phase that has no progress to report."""
+        self.progress({})
 
     def error(self, kind: str, message: str, traceback: str) -> None:
         """Tell the driver that this node failed."""

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sparktf.errors
 from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
 from sparktf.cluster.job import TrainJob
 from sparktf.cluster.node import MODEL, REPORT, RESULT_SCHEMA, train_task
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.fit import FitSettings
-from sparktf.errors import ClusterError, NodeError, SparktfError
+from sparktf.errors import ClusterError, NodeError, SparktfError, own_error
 
 _LOG = logging.getLogger("sparktf.cluster")
 
@@ -116,7 +115,7 @@ def run_training(
             job = replace(job, control=ControlAddress(_driver_host(spark), server.port))
         stack.enter_context(_tagged(spark, tag))
         rows = _collect(feed, job, server)
-        return _result(rows, job, path, server is not None and server.model_received)
+        return _result(rows, job, path, server)
 
 
 @contextlib.contextmanager
@@ -129,8 +128,13 @@ def _control_server(spark: Any, job: TrainJob, path: str, on_progress: Progress,
         timers.append(timer)
         timer.start()
 
+    # Ranks that wait for a hanging one are silent as well, and say within the timeout which one it is; this is for a
+    # node that nobody waits for.
+    silence = 1.5 * job.timeout + _CANCEL_SECONDS
     bind = spark.sparkContext.getConf().get("spark.driver.bindAddress") or _driver_host(spark)
-    with ControlServer(bind, job.secret, job.job_id, job.world_size, path, on_progress, cancel_later) as server:
+    with ControlServer(
+        bind, job.secret, job.job_id, job.world_size, path, on_progress, cancel_later, silence
+    ) as server:
         try:
             yield server
         finally:
@@ -173,30 +177,35 @@ def _collect(feed: Any, job: TrainJob, server: ControlServer | None) -> list[Any
         raise _node_error(failure, error) from error
 
 
-def _node_error(failure: NodeFailure | None, error: Exception) -> Exception:
+def _node_error(failure: NodeFailure | None, error: Exception | None) -> Exception:
     if failure is None:
         return NodeError(f"The training job failed on the cluster:\n{error}")
     if not failure.kind:
         return NodeError(
-            f"Rank {failure.rank} was lost: {failure.message} (killed, perhaps for its memory). The log "
-            "of its executor says more.",
+            f"Rank {failure.rank} was lost: {failure.message}. The log of its executor may say more.",
             failure.rank,
         )
-    ours = getattr(sparktf.errors, failure.kind, None)
-    if isinstance(ours, type) and issubclass(ours, SparktfError) and ours is not NodeError:
-        return ours(f"rank {failure.rank}: {failure.message}")
+    ours = own_error(failure.kind)
+    if ours is not None and ours is not NodeError:
+        named = ours(f"rank {failure.rank}: {failure.message}")
+        named.add_note(f"On rank {failure.rank}:\n{failure.traceback}")
+        return named
     return NodeError(
-        f"Rank {failure.rank} failed: {failure.kind}: {failure.message}\n\n{failure.traceback}",
+        f"Rank {failure.rank} failed: {failure.kind.removeprefix('builtins.')}: {failure.message}\n\n"
+        f"{failure.traceback}",
         failure.rank,
         failure.traceback,
     )
 
 
-def _result(rows: list[Any], job: TrainJob, path: str, received: bool) -> TrainingResult:
+def _result(rows: list[Any], job: TrainJob, path: str, server: ControlServer | None) -> TrainingResult:
     import json
 
     reports = {row["rank"]: json.loads(bytes(row["payload"])) for row in rows if row["name"] == REPORT}
     missing = sorted(set(range(job.world_size)) - set(reports))
+    if missing and server is not None and (failure := server.failure()) is not None:
+        # Living ranks lost each other: each has told so, and none of their tasks failed.
+        raise _node_error(failure, None)
     if missing:
         raise ClusterError(f"Expected a report from {job.world_size} ranks, received none from {missing}.")
     parts = sorted((row for row in rows if row["name"] == MODEL), key=lambda row: int(row["part"]))
@@ -204,7 +213,7 @@ def _result(rows: list[Any], job: TrainJob, path: str, received: bool) -> Traini
         with open(path, "wb") as file:
             for part in parts:
                 file.write(part["payload"])
-    elif not received:
+    elif server is None or not server.model_received:
         raise ClusterError("Expected the trained model from the chief, received none.")
     return TrainingResult(path, [reports[rank] for rank in range(job.world_size)])
 
@@ -216,13 +225,17 @@ def _driver_host(spark: Any) -> str:
 def _executor_cores(spark: Any) -> int:
     """Return the cores of one executor as far as the master or the configuration tells; 0 where neither does."""
     master = spark.sparkContext.master
+    if master == "local":
+        return 1
     if master.startswith("local["):
         # local[4], local[4,2], local[*]
         cores = master[len("local[") :].rstrip("]").split(",")[0]
         return int(cores) if cores.isdigit() else 0
     if master.startswith("local-cluster["):
         return int(master[len("local-cluster[") :].rstrip("]").split(",")[1])
-    return int(spark.sparkContext.getConf().get("spark.executor.cores", "0"))
+    # Unset, standalone gives an executor all cores of its machine, YARN and Kubernetes give it one.
+    default = "0" if master.startswith("spark://") else "1"
+    return int(spark.sparkContext.getConf().get("spark.executor.cores", default))
 
 
 def temporary_directory() -> tempfile.TemporaryDirectory[str]:

@@ -89,10 +89,11 @@ def run_node(
     try:
         results = _run(batches, job, rank, exchange, addresses, control)
     except PeerLostError as error:
+        # The driver takes it for the one that counts only where no other rank says more.
+        _tell(control, error)
         if not error.reason:
-            _tell(control, error)
             raise
-        # The peer has told the driver and fails its own task; one error is enough.
+        # The peer fails its own task; one error is enough for Spark.
         _LOG.info("rank %d leaves: %s", rank, error)
         results = []
     except BaseException as error:
@@ -104,7 +105,8 @@ def run_node(
 
 
 def _tell(control: ControlClient, error: BaseException) -> None:
-    control.error(type(error).__name__, str(error), traceback.format_exc())
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    control.error(kind, str(error), traceback.format_exc())
 
 
 def _run(
@@ -152,15 +154,17 @@ def _train(
     program: Program = cloudpickle.loads(job.program)
     archive = job.archive_bytes()
     chief = communicator.rank == 0
-    report = control.progress if chief else None
+    report, interval = control.progress, min(_MEET_SECONDS, job.timeout / 4)
     with registered(program.custom_objects):
         model = make_model(archive, program, job.settings.seed)
         specs = program.feed.specs(model)
         made = time.monotonic()
-        with spool_partition(batches, specs, communicator, min(_MEET_SECONDS, job.timeout / 4)) as spool:
+        control.alive()
+        with spool_partition(batches, specs, communicator, interval, control.alive) as spool:
             fed = time.monotonic()
-            # The threads of this process are fixed, and may not be the ones that were asked for.
-            fits = job.threads in (0, available)
+            # This process may have an earlier job's threads, for good. Sums over another number of threads differ in
+            # their last bits, so that a fit takes its own in any case.
+            fits = threads == available
             all_fit = all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD))
             if all_fit:
                 told = train(program, model, specs, spool, communicator, job.settings, report, chief)

@@ -43,7 +43,7 @@ def check_cluster(spark: Any, nodes: int) -> None:
     if is_connect(spark):
         return
     slots = _slots(spark)
-    if slots < nodes and not spark.sparkContext.master.startswith("local["):
+    if slots < nodes and not _in_this_process(spark.sparkContext.master):
         slots = _wait_for_slots(spark, nodes)
     if slots < nodes:
         raise SlotsError(
@@ -51,6 +51,10 @@ def check_cluster(spark: Any, nodes: int) -> None:
             f"(master {spark.sparkContext.master!r}). Use numWorkers={max(slots, 1)}, or give the session more "
             "executors or cores (local mode: local[N])."
         )
+
+
+def _in_this_process(master: str) -> bool:
+    return master == "local" or master.startswith("local[")
 
 
 def _slots(spark: Any) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,11 @@ def local_directory() -> str:
 
 
 def spool_partition(
-    batches: Iterable[Any], specs: Sequence[ColumnSpec], communicator: Communicator, interval: float
+    batches: Iterable[Any],
+    specs: Sequence[ColumnSpec],
+    communicator: Communicator,
+    interval: float,
+    alive: Callable[[], None] = lambda: None,
 ) -> Spool:
     """Spool a partition while other ranks spool theirs; return once all have.
 
@@ -44,6 +48,8 @@ def spool_partition(
     communicator : Communicator
     interval : float
         Seconds; well below the communicator's timeout.
+    alive : callable
+        Called every `interval` seconds.
 
     Raises
     ------
@@ -58,11 +64,12 @@ def spool_partition(
             writer.append(batch)
             if time.monotonic() - met > interval:
                 communicator.all_gather_bytes(_READING)
+                alive()
                 met = time.monotonic()
         spool = writer.finish()
     try:
         while any(state != _DONE for state in communicator.all_gather_bytes(_DONE)):
-            pass
+            alive()
     except BaseException:
         spool.close()
         raise

@@ -101,7 +101,8 @@ def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, inte
     Parameters
     ----------
     report : callable
-        Called with ``{"epoch", "step", "steps"}`` while an epoch runs and ``{"epoch", "logs", "seconds"}`` at its end;
+        Called with ``{"epoch", "step", "steps"}`` while an epoch runs and ``{"epoch", "logs", "seconds"}`` at its end,
+        with nothing while it is evaluated;
         epochs and steps count from 1.
     steps : int
         Steps an epoch.
@@ -125,6 +126,12 @@ def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, inte
             if now - self._reported >= interval:
                 self._reported = now
                 report({"epoch": self._epoch, "step": batch + 1, "steps": steps})
+
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            now = time.monotonic()
+            if now - self._reported >= interval:
+                self._reported = now
+                report({})
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             report({"epoch": epoch + 1, "logs": numbers(logs or {}), "seconds": time.monotonic() - self._began})

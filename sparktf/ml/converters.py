@@ -18,6 +18,9 @@ import numpy as np
 
 from sparktf.errors import ParamError
 
+# Sockets take no longer timeouts everywhere.
+_WEEK = 604_800
+
 
 def wrong_type(name: str, expected: str, value: Any) -> TypeError:
     """Return the error for a value of the wrong kind; the caller raises it."""
@@ -41,14 +44,14 @@ def integer(name: str, minimum: int | None = None) -> Callable[[Any], int]:
 
 
 def positive_seconds(name: str) -> Callable[[Any], float]:
-    """Accept a number of seconds greater than zero; infinity means without a limit."""
+    """Accept a number of seconds greater than zero, a week at most."""
 
     def convert(value: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
             raise wrong_type(name, "a number of seconds", value)
         result = float(value)
-        if not result > 0:
-            raise ParamError(f"{name}: expected a number of seconds greater than 0. Received: {result}")
+        if not 0 < result <= _WEEK:
+            raise ParamError(f"{name}: expected seconds, greater than 0 and at most {_WEEK}. Received: {result}")
         return result
 
     return convert

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyspark import keyword_only
+from pyspark import Broadcast, keyword_only
 from pyspark.ml import Estimator
 
 from sparktf.cluster.job import Program
@@ -126,11 +127,11 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         started = time.monotonic()
         feed = self._checked_feed(dataset)
         objects = custom_objects()
-        with temporary_directory() as directory:
+        with temporary_directory() as directory, self._payload(dataset.sparkSession) as payload:
             result = run_training(
                 spread_rows(dataset, feed, self.getNumWorkers()),
                 self._program(objects, feed),
-                self._payload(dataset.sparkSession),
+                payload,
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers(),
                 protocol=self.getProtocol(),
@@ -161,12 +162,19 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         check_cluster(dataset.sparkSession, self.getNumWorkers())
         return feed if model is None else feed.for_model(model)
 
-    def _payload(self, spark: SparkSession) -> Any:
-        """Return what a job carries of the model; None where modelFn makes it."""
+    @contextlib.contextmanager
+    def _payload(self, spark: SparkSession) -> Iterator[Any]:
+        """Hold what a job carries of the model; None where modelFn makes it."""
         if self.getModel() is None:
-            return None
+            yield None
+            return
         with contextlib.closing(ModelArchive.from_model(self.getModel())) as archive:
-            return payload_for(archive, spark)
+            payload = payload_for(archive, spark)
+        try:
+            yield payload
+        finally:
+            if isinstance(payload, Broadcast):
+                payload.destroy()
 
     def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:
         return pickled(Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed))
@@ -208,7 +216,9 @@ def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
     chief = result.reports[0]
     epochs = chief["epoch_seconds"]
     # The first epoch pays for tracing.
-    typical = statistics.median(epochs[1:] or epochs)
+    typical = statistics.median(epochs[1:] or epochs or [0.0])
+    for notice in {notice: None for report in result.reports for notice in report["notices"]}:
+        warnings.warn(notice, stacklevel=2)
     rows = sum(chief["rows"])
     world = len(result.reports)
     history = pd.DataFrame({"epoch": range(1, len(epochs) + 1), **chief["history"]})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
+from pyspark import cloudpickle
 from pyspark.ml import Model
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
@@ -241,6 +243,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
             ColumnSpec(f"input_{i}", item.spec.shape, item.spec.dtype, item.source, nullable=_holds_nan(item.spec))
             for i, item in enumerate(inputs)
         ]
+        objects = self._trained.objects | custom_objects()
         return ScoringTask(
             digest=archive.digest,
             archive=payload_for(archive, dataset.sparkSession),
@@ -248,7 +251,8 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
             columns=tuple(specs),
             fields=tuple(fields),
             batch_size=self.getPredictBatchSize(),
-            custom_objects=self._trained.objects | custom_objects(),
+            custom_objects=objects,
+            objects_digest=_digest(objects),
             saved_signature=self._trained.saved_signature,
         )
 
@@ -297,6 +301,12 @@ def _udf(task: ScoringTask, inputs: int) -> Any:
         return score(task, batches)
 
     return arrow_udf(score_column if inputs == 1 else score_columns, result_type(list(task.fields)))
+
+
+def _digest(objects: Mapping[str, Any]) -> str:
+    if not objects:
+        return ""
+    return hashlib.sha256(cloudpickle.dumps(objects)).hexdigest()  # type: ignore[no-untyped-call]
 
 
 def _holds_nan(spec: TensorSpec) -> bool:

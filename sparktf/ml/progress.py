@@ -33,7 +33,8 @@ class ProgressPrinter:
 
     def __call__(self, rank: int, report: dict[str, Any]) -> None:
         """Print one report of `sparktf.distribute.callbacks.progress_callback`."""
-        if self._verbose == 0:
+        # Every rank reports, so that the driver knows it alive; the chief speaks for all.
+        if self._verbose == 0 or rank != 0:
             return
         with self._lock:
             if "step" in report:

@@ -56,6 +56,8 @@ class ScoringTask:
         Keras's registry of the driver.
     saved_signature : str
         Which signature of a SavedModel to call.
+    objects_digest : str
+        Changes with the custom objects, so that a class defined anew is not taken for the old one.
     """
 
     digest: str
@@ -66,6 +68,7 @@ class ScoringTask:
     batch_size: int
     custom_objects: Mapping[str, Any] = field(default_factory=dict)
     saved_signature: str = ""
+    objects_digest: str = ""
 
 
 def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
@@ -136,7 +139,7 @@ def read_tensor(reader: ColumnReader, array: pa.Array) -> np.ndarray:
 
 def load_forward(task: ScoringTask) -> Forward:
     """Return the model as a function from input to output tensors, from the cache where it is there."""
-    key = f"{task.digest}:{task.saved_signature}"
+    key = f"{task.digest}:{task.saved_signature}:{task.objects_digest}"
     if key in _models:
         _models.move_to_end(key)
         return _models[key]

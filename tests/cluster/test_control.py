@@ -19,7 +19,7 @@ SECRET = b"s" * 32
 class Driver:
     """A control server and what it was told."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, timeout: float = 60.0) -> None:
         self.progress: list[tuple[int, dict[str, Any]]] = []
         self.failed = threading.Event()
         self.model = directory / "trained.keras"
@@ -31,6 +31,7 @@ class Driver:
             str(self.model),
             lambda rank, told: self.progress.append((rank, told)),
             self.failed.set,
+            timeout,
         )
 
     def node(self, rank: int, secret: bytes = SECRET, job: str = "job") -> ControlClient:
@@ -72,7 +73,7 @@ def test_a_nodes_error_arrives_with_its_traceback(driver: Driver) -> None:
 
 def test_the_error_that_counts_is_not_the_one_about_a_lost_peer(driver: Driver) -> None:
     first, second = driver.node(0), driver.node(1)
-    first.error("PeerLostError", "rank 1 went away", "")
+    first.error("sparktf.errors.PeerLostError", "rank 1 went away", "")
     time.sleep(0.1)
     second.error("ValueError", "no", "")
     assert _until(lambda: getattr(driver.server.failure(0.5), "rank", None) == 1)
@@ -87,6 +88,31 @@ def test_a_node_that_ends_without_a_word_is_named(driver: Driver) -> None:
     failure = driver.server.failure(5.0)
     assert failure is not None
     assert (failure.rank, failure.kind) == (1, "")
+
+
+def test_a_node_that_says_nothing_for_the_timeout_is_named(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, timeout=0.5)
+    with driver.server:
+        node = driver.node(1)
+        failure = driver.server.failure(5.0)
+        assert failure is not None
+        assert failure.rank == 1
+        assert "no progress for 0.5 s" in failure.message
+        node.close()
+
+
+def test_a_screen_that_cannot_be_written_to_does_not_end_a_fit(driver: Driver) -> None:
+    def broken(rank: int, told: dict[str, Any]) -> None:
+        raise ValueError("closed")
+
+    driver.server._on_progress = broken
+    node = driver.node(1)
+    node.progress({"epoch": 1})
+    node.error("ValueError", "no", "")
+    failure = driver.server.failure(5.0)
+    assert failure is not None
+    assert failure.kind == "ValueError"
+    node.close()
 
 
 def test_the_chiefs_model_arrives_whole(driver: Driver, tmp_path: Path) -> None:

@@ -88,8 +88,26 @@ def test_too_few_slots_are_told_at_once(rows: Any) -> None:
 
 
 def test_a_node_with_threads_of_its_own_trains_in_a_child_process(rows: Any, no_leftovers: Any) -> None:
-    usual, other = _estimator(epochs=1).fit(rows), _estimator(epochs=1, threadsPerWorker=3).fit(rows)
+    # Over a megabyte, so that it travels as a broadcast variable.
+    layers = [keras.Input((4,)), keras.layers.Dense(400), keras.layers.Dense(800), keras.layers.Dense(1)]
+    large = keras.Sequential(layers)
+    large.compile(keras.optimizers.SGD(1e-3), "mse")
+    params = {"model": large, "epochs": 1}
+    usual, other = _estimator(**params).fit(rows), _estimator(**params, threadsPerWorker=3).fit(rows)
     np.testing.assert_allclose(usual.summary.history.loss, other.summary.history.loss, rtol=1e-5)
+
+
+def test_scoring_between_two_fits_does_not_change_their_bits(rows: Any) -> None:
+    first = _estimator().fit(rows)
+    first.transform(rows).select("prediction").collect()
+    second = _estimator().fit(rows)
+    for ours, theirs in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_node_that_hangs_alone_is_named_after_the_timeout(rows: Any) -> None:
+    with pytest.raises(NodeError, match="Rank 0 was lost: no progress"):
+        _estimator(numWorkers=1, callbacks=[Break(0, "SIGSTOP")], timeout=4.0).fit(rows)
 
 
 def test_a_rank_in_a_child_process_trains_with_one_in_its_worker(rows: Any, no_leftovers: Any) -> None:
