@@ -93,6 +93,8 @@ class ColumnReader:
         leaf, levels, nulls = _unnest(array)
         self._check_leaf(leaf.type)
         leaf = _plain(leaf, self.spec)
+        if self.spec.parts and not nullable:
+            self._locate(leaf)
         nulls += 0 if nullable else leaf.null_count
         if nulls:
             self.faults.nulls += nulls
@@ -107,6 +109,14 @@ class ColumnReader:
         values = _numbers(leaf)
         self.faults.count_values(values, self.spec)
         return Dense(values if valid is None else self._spread(values, rows, valid))
+
+    def _locate(self, leaf: pa.Array) -> None:
+        """Count nulls and NaN by the column that was packed at each position."""
+        floating = pa.types.is_floating(leaf.type)
+        if not leaf.null_count and not (floating and pc.any(pc.is_nan(leaf)).as_py()):
+            return
+        bad = pc.is_null(leaf, nan_is_null=True).to_numpy(zero_copy_only=False)
+        self.faults.locate(np.flatnonzero(bad) % len(self.spec.parts), len(self.spec.parts))
 
     def _spread(self, values: np.ndarray, rows: int, valid: np.ndarray) -> np.ndarray:
         """Put NaN (or False) rows where the column is null."""

@@ -65,6 +65,8 @@ class ColumnSpec:
     nullable : bool
         Whether nulls are taken: they become NaN, an empty string or False. Not for integers, which have no
         value to spare, nor for weights.
+    parts : tuple of str
+        The user's columns where each is one value of the row, in order: faults are then told by column.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class ColumnSpec:
     source: str
     kind: str = "feature"
     nullable: bool = False
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -109,12 +112,12 @@ class ColumnSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as JSON can hold them."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {**asdict(self), "shape": list(self.shape), "parts": list(self.parts)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ColumnSpec:
         """Rebuild a spec from what `to_dict` gave."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
+        return cls(**{**fields, "shape": tuple(fields["shape"]), "parts": tuple(fields.get("parts", ()))})
 
 
 def resolve_shape(shape: tuple[int | None, ...], size: int, nesting: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ class Faults:
     nans: int = 0
     negatives: int = 0
     unfit: int = 0
+    places: np.ndarray | None = None
 
     @property
     def any(self) -> bool:
@@ -49,6 +50,17 @@ class Faults:
             self.negatives += int((values < 0).sum())
         self.unfit += count_unfit(values, spec.numpy_dtype, nan_counted=not spec.nullable)
 
+    def locate(self, places: np.ndarray, parts: int) -> None:
+        """Count faults by their place in a row of packed columns."""
+        counts = np.bincount(places, minlength=parts)
+        self.places = counts if self.places is None else self.places + counts
+
+    def _by_part(self, spec: ColumnSpec) -> str:
+        if self.places is None:
+            return ""
+        named = [f"{n:,} in {part!r}" for n, part in zip(self.places, spec.parts, strict=True) if n]
+        return f": {', '.join(named)}"
+
     def raise_if_any(self, spec: ColumnSpec) -> None:
         """Raise one DataError with every total.
 
@@ -71,7 +83,7 @@ class Faults:
         ]
         raise DataError(
             f"column {spec.source!r} ({spec.kind}) holds {' and '.join(found)} in {self.rows:,} rows (this "
-            f"worker's partition). Expected: {_expected(self, spec)}"
+            f"worker's partition){self._by_part(spec)}. Expected: {_expected(self, spec)}"
         )
 
 

@@ -57,12 +57,16 @@ def before_others(on_epoch_begin: Callable[[int], None]) -> Any:
     return _Before()
 
 
-def after_others(on_train_begin: Callable[[], None], on_epoch_end: Callable[[int, dict[str, Any]], None]) -> Any:
+def after_others(
+    on_train_begin: Callable[[], None],
+    on_validation_begin: Callable[[], None],
+    on_epoch_end: Callable[[int, dict[str, Any]], None],
+) -> Any:
     """Return a callback, to stand behind the user's, that calls back before the first epoch and after each.
 
     Parameters
     ----------
-    on_train_begin : callable
+    on_train_begin, on_validation_begin : callable
     on_epoch_end : callable
         Called with the epoch's number, from 0, and its logs as the user's callbacks left them.
     """
@@ -71,6 +75,9 @@ def after_others(on_train_begin: Callable[[], None], on_epoch_end: Callable[[int
     class _After(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_begin(self, logs: Any = None) -> None:
             on_train_begin()
+
+        def on_test_begin(self, logs: Any = None) -> None:
+            on_validation_begin()
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             on_epoch_end(epoch, dict(logs or {}))

@@ -64,7 +64,7 @@ class FitReport:
         Metrics and losses: one entry an epoch, NaN where an epoch has none; equal on all ranks. A metric of several
         numbers is ``name_0``, ``name_1``, ...
     epoch_seconds : list of float
-        Wall-clock seconds of each epoch on this rank, validation included.
+        Wall-clock seconds of each epoch's training on this rank, without validation.
     seconds : float
         Wall-clock seconds of the whole fit on this rank.
     communicate_seconds : float
@@ -164,7 +164,7 @@ def fit_rank(
         result.epoch_seconds.append(epoch.seconds())
 
     # Begun before and ended after all of the user's, whose wishes to stop count.
-    around = [before_others(begin), after_others(resume, end)]
+    around = [before_others(begin), after_others(resume, epoch.training_ends, end)]
     observers = [progress_callback(report, plan.steps)] if report is not None else []
     mine = callbacks_of_rank(callbacks, communicator.rank)
     started, talked = time.monotonic(), communicator.stats.seconds
@@ -185,18 +185,23 @@ def fit_rank(
 
 
 class _Epoch:
-    """The number of the epoch that runs and when it began."""
+    """The number of the epoch that runs and when its training began and ended."""
 
     def __init__(self) -> None:
         self.number = 0
         self._began = time.monotonic()
+        self._ended: float | None = None
 
     def begin(self, number: int) -> None:
         self.number = number
         self._began = time.monotonic()
+        self._ended = None
+
+    def training_ends(self) -> None:
+        self._ended = time.monotonic()
 
     def seconds(self) -> float:
-        return time.monotonic() - self._began
+        return (self._ended or time.monotonic()) - self._began
 
 
 def _fit(model: Any, reducer: GradientReducer, dataset: Any, **arguments: Any) -> None:

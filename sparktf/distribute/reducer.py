@@ -25,11 +25,13 @@ class _Layout:
         sizes: dict[np.dtype[Any], int] = {}
         self.places: list[tuple[np.dtype[Any], int, int]] = []
         for array in arrays:
-            start = sizes.get(array.dtype, 0)
-            self.places.append((array.dtype, start, start + array.size))
-            sizes[array.dtype] = start + array.size
+            # Half precision is summed in single: its shares would not add up to 1.
+            dtype = np.dtype(np.float32) if array.dtype.itemsize == 2 else array.dtype
+            start = sizes.get(dtype, 0)
+            self.places.append((dtype, start, start + array.size))
+            sizes[dtype] = start + array.size
         # One element more for the stop flag, in the first dtype.
-        self.flag_dtype = arrays[0].dtype if arrays else np.dtype(np.float32)
+        self.flag_dtype = self.places[0][0] if arrays else np.dtype(np.float32)
         self.flag_at = sizes.get(self.flag_dtype, 0)
         sizes[self.flag_dtype] = self.flag_at + 1
         self._buffers = [{d: np.zeros(n, dtype=d) for d, n in sizes.items()} for _ in range(2)]
@@ -161,7 +163,7 @@ class GradientReducer:
             if float(buffers[layout.flag_dtype][layout.flag_at]) > 0:
                 self.stop_agreed = True
             summed = [
-                buffers[dtype][start:stop].reshape(array.shape)
+                buffers[dtype][start:stop].reshape(array.shape).astype(array.dtype, copy=False)
                 for (dtype, start, stop), array in zip(layout.places, arrays, strict=True)
             ]
             return summed + self._gather(share, slices)
@@ -193,8 +195,11 @@ class GradientReducer:
             target = buffers[dtype][start:stop]
             if share == 0.0:
                 target.fill(0)
-            else:
+            elif array.dtype == dtype:
                 np.multiply(array.reshape(-1), dtype.type(share), out=target)
+            else:
+                target[:] = array.reshape(-1)
+                target *= dtype.type(share)
         buffers[layout.flag_dtype][layout.flag_at] = 1 if self._stop_requested else 0
 
     def _agree_on_layout(self, key: tuple[Any, ...], arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:

@@ -54,6 +54,11 @@ class FeedColumn:
         """The user's columns, for messages."""
         return ", ".join(c.column for c in self.columns)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The user's columns where each is one value of the row."""
+        return tuple(c.column for c in self.columns) if all(c.depth == 0 for c in self.columns) else ()
+
     def expression(self) -> Column:
         """Return what to select in the JVM: a lone column as it is, several packed into one array."""
         from pyspark.sql import functions as F
@@ -239,14 +244,14 @@ def _input_spec(column: FeedColumn, tensor: TensorSpec | None) -> ColumnSpec:
     if tensor is None:
         integral = all(c.integral for c in column.columns)
         dtype = STRING if text else "int64" if integral else "float32"
-        return ColumnSpec(column.name, _open_shape(column, scalar=(1,)), dtype, column.source)
+        return ColumnSpec(column.name, _open_shape(column, scalar=(1,)), dtype, column.source, parts=column.parts)
     if text != (tensor.dtype == STRING):
         received = "text" if text else "numbers"
         raise DataError(
             f"input {tensor.name!r}: expected values for a tensor of {tensor.dtype}, received {received} from "
             f"{column.source!r}. Encode text in Spark (StringIndexer), or start the model with a preprocessing layer."
         )
-    return ColumnSpec(column.name, tensor.shape, tensor.dtype, column.source)
+    return ColumnSpec(column.name, tensor.shape, tensor.dtype, column.source, parts=column.parts)
 
 
 def _label_spec(column: FeedColumn) -> ColumnSpec:

@@ -33,8 +33,8 @@ class TrainingSummary:
     seconds : float
         Wall-clock seconds of the whole fit, as the driver saw them.
     feedSeconds, computeSeconds, communicateSeconds : float
-        Seconds the slowest rank spent in moving rows to its spool and batches, in the model, and in
-        exchanging gradients. They may overlap, so that their sum is not ``seconds``.
+        Seconds the slowest rank spent in moving rows to its spool, in training and validation without the
+        exchange, and in the exchange of gradients and metrics (waiting for other ranks included).
     protocol : str
         The protocol that was used, never ``"auto"``; ``"none"`` for one worker.
     protocolReason : str
@@ -46,7 +46,7 @@ class TrainingSummary:
     stepsPerEpoch : int
         Optimizer steps in one epoch, the same on every worker.
     versions : mapping of str to str
-        Versions of Python, TensorFlow, Keras, Spark and sparktf on the nodes.
+        Versions of Python, TensorFlow, Keras and sparktf, equal on driver and nodes up to the patch level.
     """
 
     history: pd.DataFrame

@@ -230,3 +230,13 @@ def test_nulls_of_a_nullable_column_become_nan_false_or_empty():
     assert read(pa.array([True, None]), spec(dtype="bool", nullable=True)).values.tolist() == [True, False]
     block = read(pa.array([["a", "b"], None, ["c", None]]), spec((2,), dtype="string", nullable=True))
     assert block.lengths.tolist() == [1, 1, 0, 0, 1, 0]
+
+
+def test_faults_of_packed_columns_are_told_by_column() -> None:
+    spec = ColumnSpec("x", (3,), "float32", "a, b, c", parts=("a", "b", "c"))
+    reader = ColumnReader(spec)
+    rows = [[1.0, None, 3.0], [1.0, 2.0, float("nan")], [1.0, None, 3.0]]
+    reader.read(pa.array(rows, pa.list_(pa.float32())))
+    reader.read(pa.array([[None, 2.0, 3.0]], pa.list_(pa.float32())))
+    with pytest.raises(DataError, match=r"3 nulls and 1 NaN in 4 rows.*: 1 in 'a', 2 in 'b', 1 in 'c'"):
+        reader.check()
