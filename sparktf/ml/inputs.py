@@ -118,29 +118,24 @@ def feed_expression(schema: T.StructType, item: ModelInput) -> Column:
                 f"{kind.column!r}. Encode it in Spark first, or start the model with a preprocessing layer"
             )
     check_size(kinds, _size(item.spec.shape), item.spec.shape, use)
-    return _packed(schema, item, kinds) if len(kinds) > 1 else _single(schema, item, kinds[0])
+    return _packed(item, kinds) if len(kinds) > 1 else _single(item, kinds[0])
 
 
-def quoted(schema: T.StructType, name: str) -> str:
-    """Return a column's name as Spark SQL reads it: in backticks, or as it is where it is a path."""
-    return "`" + name.replace("`", "``") + "`" if name in schema.names else name
-
-
-def _single(schema: T.StructType, item: ModelInput, kind: ColumnType) -> Column:
-    column = F.col(quoted(schema, kind.column))
+def _single(item: ModelInput, kind: ColumnType) -> Column:
+    column = F.col(kind.sql)
     if not kind.vector:
         return column
     element = "float32" if item.spec.dtype in ("float16", "bfloat16", "float32") else "float64"
     return F.when(column.isNotNull(), vector_to_array(column, element))
 
 
-def _packed(schema: T.StructType, item: ModelInput, kinds: Sequence[ColumnType]) -> Column:
+def _packed(item: ModelInput, kinds: Sequence[ColumnType]) -> Column:
     element = PACKED_TYPES.get(item.spec.dtype, "float")
     if all(kind.depth == 0 for kind in kinds):
-        return F.array(*[F.col(quoted(schema, kind.column)).cast(element) for kind in kinds])
+        return F.array(*[F.col(kind.sql).cast(element) for kind in kinds])
     parts = []
     for kind in kinds:
-        column = _single(schema, item, kind)
+        column = _single(item, kind)
         parts.append(F.array(column.cast(element)) if kind.depth == 0 else column.cast(f"array<{element}>"))
     # concat is null where a part is null, which is what the row's prediction then is.
     return F.concat(*parts)

@@ -9,6 +9,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparktf.cluster.preflight import is_connect
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -60,11 +62,6 @@ def payload_for(archive: ModelArchive, spark: SparkSession) -> Any:
         payload = _upload(archive, spark) if connect else spark.sparkContext.broadcast(archive.read_bytes())
         _sent[archive] = (session, payload)
     return payload
-
-
-def is_connect(spark: SparkSession) -> bool:
-    """Tell whether a session is one of Spark Connect, which has no JVM in this process."""
-    return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
 def _upload(archive: ModelArchive, spark: SparkSession) -> SessionFile:

@@ -30,10 +30,10 @@ from pyspark.ml.util import (
 )
 
 from sparktf._version import __version__
+from sparktf.cluster.preflight import is_connect
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import PersistenceError
 from sparktf.ml.archive import ModelArchive
-from sparktf.ml.payload import is_connect
 from sparktf.ml.signature import ModelSignature
 from sparktf.ml.summary import TrainingSummary
 
