@@ -51,7 +51,7 @@ class ScoringTask:
         One a model input, in the model's order.
     fields : tuple of OutputField
     batch_size : int
-        Rows in one forward pass, about.
+        Rows in one forward pass, at most.
     custom_objects : mapping
         Keras's registry of the driver.
     saved_signature : str
@@ -78,8 +78,7 @@ def score(task: ScoringTask, batches: Iterator[tuple[pa.Array, ...]]) -> Iterato
     ----------
     task : ScoringTask
     batches : iterator of tuple of pyarrow.Array
-        One array a model input; of any length, together at least ``batch_size`` rows go into one forward pass
-        where there are so many.
+        One array a model input; of any length: they are cut anew for full forward passes.
 
     Yields
     ------
@@ -246,25 +245,30 @@ def _compiled(tf: Any, call: Callable[..., list[Any]], task: ScoringTask) -> For
 
 
 def _run(forward: Forward, task: ScoringTask, tensors: list[np.ndarray]) -> list[np.ndarray]:
-    """Run the model in even slices of about ``batch_size`` rows: half as many again at most, to keep slices few."""
+    """Run the model in even slices of at most ``batch_size`` rows."""
     rows = len(tensors[0])
     if rows == 0:
         shapes = [(0, *(length or 0 for length in spec.shape)) for spec in task.signature.outputs]
         return [np.zeros(shape, np.float32) for shape in shapes]
-    slices = max(1, round(rows / task.batch_size))
+    slices = -(-rows // task.batch_size)
     edges = [rows * i // slices for i in range(slices + 1)]
     parts = [forward([t[a:b] for t in tensors]) for a, b in pairwise(edges)]
     return parts[0] if slices == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 def _gather(batches: Iterator[tuple[pa.Array, ...]], rows: int) -> Iterator[tuple[pa.Array, ...]]:
-    """Join small Arrow batches until there are ``rows`` rows or more; never split one."""
+    """Cut Arrow batches of any length anew into whole multiples of ``rows``, so that forward passes are full."""
     held: list[tuple[pa.Array, ...]] = []
+    count = 0
     for arrays in batches:
         held.append(arrays)
-        if sum(len(a[0]) for a in held) >= rows:
-            yield _joined(held)
-            held = []
+        count += len(arrays[0])
+        if count >= rows:
+            joined = _joined(held)
+            whole = count - count % rows
+            yield tuple(array.slice(0, whole) for array in joined)
+            count -= whole
+            held = [tuple(array.slice(whole) for array in joined)] if count else []
     if held:
         yield _joined(held)
 

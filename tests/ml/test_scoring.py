@@ -76,7 +76,7 @@ def test_no_forward_pass_has_more_rows_than_allowed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(scoring, "load_forward", lambda _: watched)
     run(task, pa.array([[1.0, 0.0, 0.0]] * 10, FLOATS))
-    assert sizes == [3, 3, 4]
+    assert sizes == [4, 4, 2]
 
 
 def test_a_null_anywhere_in_a_row_gives_a_null_and_spares_the_others() -> None:
