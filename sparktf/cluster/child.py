@@ -95,11 +95,11 @@ def train_in_child(
             "save": save,
         }
         try:
-            outcome = None
-            # A child that ends before it has read all of this is told of by its exit status.
+            # A child that ends before it has read all of this is told of by its exit status. Only that: a peer that is
+            # lost while the children meet is the peer's failure, not the child's.
             with contextlib.suppress(PeerLostError):
                 send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
-                outcome = _serve(ours, communicator, report)
+            outcome = _serve(ours, communicator, report)
         finally:
             # Wakes a child that still waits for an answer.
             ours.shutdown(socket.SHUT_RDWR)
