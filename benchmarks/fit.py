@@ -90,7 +90,7 @@ class _Epochs(keras.callbacks.Callback):
 def plain(what: str, threads: int) -> dict[str, float]:
     """Fit without Spark, in this process; the figures of a second fit, when all is warm."""
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads + 1)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
     rows, batch, epochs = (ROWS, 128, EPOCHS) if what == "mlp" else (10_000, 32, 1)
     x, y = digits(rows) if what == "mlp" else table(rows)
     took = 0.0

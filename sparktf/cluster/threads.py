@@ -51,8 +51,9 @@ def start_tensorflow(threads: int) -> int:
     if _threads is None:
         try:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
-            # One more than the computing ones: a step's reduce waits inside an op, and the input goes on beside it.
-            tf.config.threading.set_inter_op_parallelism_threads(threads + 1)
+            # Ops run on these, and small ones compute on them: one more than asked for is one more that computes. A
+            # step's reduce blocks one of them, when all else that the step can do is done; input has its own.
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
             _threads = threads
         except RuntimeError:
             _threads = 0
