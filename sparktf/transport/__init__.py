@@ -27,5 +27,6 @@ operation raises too. Close it and connect again.
 
 from sparktf.transport.contract import Communicator, Stats
 from sparktf.transport.registry import connect, protocols
+from sparktf.transport.settings import Settings
 
-__all__ = ["Communicator", "Stats", "connect", "protocols"]
+__all__ = ["Communicator", "Settings", "Stats", "connect", "protocols"]

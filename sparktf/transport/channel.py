@@ -1,4 +1,4 @@
-"""One data connection with deadlines, and the thread that sends while the caller receives."""
+"""A link over one TCP connection with deadlines, and the thread that sends while the caller receives."""
 
 from __future__ import annotations
 
@@ -8,28 +8,14 @@ import struct
 import threading
 from collections.abc import Callable
 
+from sparktf.transport.link import Gone, Link, Silent
+
 # The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time
 # that passed before a partial receive is not counted twice.
 _WAITS = 4
 
 
-class Gone(Exception):
-    """The connection to a peer ended or broke."""
-
-    def __init__(self, peer: int, detail: str) -> None:
-        super().__init__(detail)
-        self.peer = peer
-
-
-class Silent(Exception):
-    """A peer let the timeout pass; `doing` says whether we were sending or receiving."""
-
-    def __init__(self, peer: int, doing: str) -> None:
-        super().__init__(doing)
-        self.peer = peer
-
-
-class Channel:
+class Channel(Link):
     """A connected socket to one peer, used by one sending and one receiving thread at a time.
 
     Parameters
@@ -42,12 +28,19 @@ class Channel:
         Seconds without progress after which an operation raises `Silent`.
     on_quiet : callable
         Called when half of the timeout has passed without progress.
+    outbox : Outbox
+        Sends what is posted; shared by the channels of one rank, whose communicator closes it after `shutdown`
+        and before `close`.
     """
 
-    def __init__(self, sock: socket.socket, peer: int, timeout: float, on_quiet: Callable[[], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: int, timeout: float, on_quiet: Callable[[], None], outbox: Outbox
+    ) -> None:
         self.peer = peer
         self._sock = sock
         self._on_quiet = on_quiet
+        self._outbox = outbox
+        self._scratch = bytearray()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Timeouts kept by the kernel: Python's own cost a poll() more for every call.
         sock.settimeout(None)
@@ -74,6 +67,22 @@ class Channel:
                 count -= parts.pop(0).nbytes
             if parts and count:
                 parts[0] = parts[0][count:]
+
+    def post(self, view: memoryview, header: bytes = b"") -> None:
+        """Send by the outbox; see `Link`."""
+        self._outbox.post(self, view, header)
+
+    def flush(self) -> None:
+        """Wait for the outbox; see `Link`."""
+        self._outbox.flush()
+
+    def take(self, nbytes: int) -> memoryview:
+        """Receive into a buffer that grows to the longest piece; see `Link`."""
+        if len(self._scratch) < nbytes:
+            self._scratch = bytearray(nbytes)
+        view = memoryview(self._scratch)[:nbytes]
+        self.fill(view)
+        return view
 
     def fill(self, view: memoryview) -> None:
         """Receive exactly ``view.nbytes`` bytes."""

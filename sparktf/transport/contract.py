@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
@@ -24,7 +24,8 @@ class Stats:
     operations : int
         Operations begun. Error messages count with the same number.
     registrations : int
-        Buffers allocated (or registered with a device). It stands still once every size in use was seen.
+        Buffers allocated (or registered with a device), those of `Communicator.allocate` too. It stands still once
+        every size in use was seen.
     seconds : float
         Wall-clock time spent inside operations, waiting included.
     """
@@ -60,6 +61,8 @@ class Communicator(ABC):
         This process's number, and the number of processes.
     protocol : str
         The protocol's short name, never ``"auto"``.
+    reason : str
+        Why it is this protocol, in words that continue "protocol 'tcp': ".
     stats : Stats
         Counters of this rank.
     """
@@ -69,6 +72,7 @@ class Communicator(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.reason = ""
         self.stats = Stats()
 
     @abstractmethod
@@ -138,6 +142,19 @@ class Communicator(ABC):
     @abstractmethod
     def recv(self, peer: int, array: Array) -> Array:
         """Fill `array` in place with what `peer` sends to this rank; return it."""
+
+    @abstractmethod
+    def allocate(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Allocate an array in memory that the protocol reaches without a copy of its own.
+
+        Every rank calls this, with the same shape and dtype. Operations take any array; on these, and on contiguous
+        slices of them, they are as fast as the protocol allows. Allocate once, use for every step.
+
+        Returns
+        -------
+        ndarray
+            Zeros. The memory is held until the communicator is closed *and* nobody refers to the array.
+        """
 
     @abstractmethod
     def close(self) -> None:

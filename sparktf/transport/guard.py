@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
-from sparktf.transport.channel import Gone, Silent
 from sparktf.transport.contract import Communicator
+from sparktf.transport.link import Gone, Silent
 from sparktf.transport.watch import Watch
 
 # How long to wait, after a data connection has ended, for the control connection to say why.

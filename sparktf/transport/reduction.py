@@ -48,13 +48,18 @@ def check_array(array: Array, *, written: bool) -> None:
     """
     if not isinstance(array, np.ndarray):
         raise ParamError(f"Expected a numpy.ndarray. Received: {type(array).__name__}. Convert it with numpy.asarray.")
-    if array.dtype not in _CODES:
-        known = ", ".join(dtype.name for dtype in _CODES)
-        raise ParamError(f"Expected an array of one of the dtypes {known}. Received: {array.dtype}. Cast it.")
+    check_dtype(array.dtype)
     if written and not array.flags.writeable:
         raise ParamError(
             "Expected a writable array, as the result is put into it. Received: a read-only one. Pass a copy."
         )
+
+
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    """Raise `ParamError` where arrays of a dtype cannot be transferred."""
+    if dtype not in _CODES:
+        known = ", ".join(known.name for known in _CODES)
+        raise ParamError(f"Expected an array of one of the dtypes {known}. Received: {dtype}. Cast it.")
 
 
 def check_op(op: str, dtype: np.dtype[Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from sparktf.errors import HandshakeError, ParamError, ProtocolError
 from sparktf.transport.contract import Communicator
 from sparktf.transport.mesh import Exchange
+from sparktf.transport.settings import Settings
 from sparktf.transport.solo import SoloCommunicator
 
 _LOG = logging.getLogger("sparktf.transport")
@@ -23,7 +24,15 @@ _PROTOCOLS = {
 
 class _Connector(Protocol):
     def __call__(
-        self, *, rank: int, size: int, exchange: Exchange, secret: bytes, timeout: float, host: str | None
+        self,
+        *,
+        rank: int,
+        size: int,
+        exchange: Exchange,
+        secret: bytes,
+        timeout: float,
+        host: str | None,
+        settings: Settings,
     ) -> Communicator: ...
 
 
@@ -58,6 +67,7 @@ def connect(
     secret: bytes,
     timeout: float = 60.0,
     host: str | None = None,
+    settings: Settings | None = None,
 ) -> Communicator:
     """Join a group; every rank calls this.
 
@@ -77,6 +87,8 @@ def connect(
     host : str or None
         The address that this rank listens on and tells the others. None: the address of the machine's name,
         or 127.0.0.1 where that has none.
+    settings : Settings or None
+        Choices for single protocols; None: the default ones.
 
     Returns
     -------
@@ -111,4 +123,12 @@ def connect(
         return SoloCommunicator(name)
     module, _, attribute = _PROTOCOLS[name].partition(":")
     connector: _Connector = getattr(import_module(module), attribute)
-    return connector(rank=rank, size=size, exchange=exchange, secret=secret, timeout=timeout, host=host)
+    return connector(
+        rank=rank,
+        size=size,
+        exchange=exchange,
+        secret=secret,
+        timeout=timeout,
+        host=host,
+        settings=settings or Settings(),
+    )

@@ -1,4 +1,4 @@
-"""Ring collectives, for any link to two neighbours.
+"""Ring collectives over links to two neighbours.
 
 The bandwidth-optimal ring of Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", J. Parallel Distrib. Comput. 69 (2009): every rank sends to its right, receives from its left,
@@ -12,91 +12,108 @@ posted: the finished chunk contains the posted one, so it can only arrive after 
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
-from sparktf.transport.contract import Array
+import numpy as np
+
+from sparktf.transport.contract import Array, Stats
+from sparktf.transport.link import Link
 from sparktf.transport.reduction import as_bytes, chunk_bounds, combine, finish, shard_bounds
 
-# Large enough to make the cost of a system call vanish, small enough for the second-level cache.
-CHUNK_BYTES = 512 * 1024
 
+@dataclass(frozen=True)
+class Ring:
+    """One rank's place in a ring.
 
-class Neighbours(Protocol):
-    """What a ring needs from a protocol."""
+    Attributes
+    ----------
+    left, right : Link
+        To the ranks before and after; the same one in a ring of two.
+    rank, size : int
+        The place in the ring, and how many are in it.
+    chunk_bytes : int
+        Longest piece, the same on every rank.
+    stats : Stats
+        Where payload bytes are counted.
+    """
 
-    def post(self, view: memoryview) -> None:
-        """Send to the right, in order; the memory must keep its contents until they have left."""
+    left: Link
+    right: Link
+    rank: int
+    size: int
+    chunk_bytes: int
+    stats: Stats
+
+    def post(self, view: memoryview, header: bytes = b"") -> None:
+        """Begin to send to the right."""
+        self.right.post(view, header)
+        self.stats.bytes_sent += view.nbytes
 
     def fill(self, view: memoryview) -> None:
-        """Receive exactly these bytes from the left."""
+        """Receive from the left into `view`."""
+        self.left.fill(view)
+        self.stats.bytes_received += view.nbytes
 
-    def flush(self) -> None:
-        """Return when nothing posted is left to send."""
+    def take(self, like: Array) -> Array:
+        """Receive an array of this length and dtype from the left, valid until the next receive."""
+        view = self.left.take(like.nbytes)
+        self.stats.bytes_received += like.nbytes
+        return np.frombuffer(view, like.dtype)
+
+    def chunks(self, flat: Array, shard: int) -> list[Array]:
+        """Return the chunks of a shard; shards are counted around the ring."""
+        start, stop = shard_bounds(flat.size, self.size)[shard % self.size]
+        bounds = chunk_bounds(start, stop, self.chunk_bytes // flat.itemsize)
+        return [flat[begin:end] for begin, end in bounds]
 
 
-def _longest(flat: Array) -> int:
-    return CHUNK_BYTES // flat.itemsize
-
-
-def reduce_scatter(
-    link: Neighbours, flat: Array, op: str, rank: int, size: int, scratch: Array, *, pass_on: bool = False
-) -> None:
-    """Reduce `flat` over the ring; shard `rank` of it is then the result, the rest is used up.
+def reduce_scatter(ring: Ring, flat: Array, op: str, members: int, *, pass_on: bool = False) -> None:
+    """Reduce `flat` over the ring; shard ``ring.rank`` of it is then the result, the rest is used up.
 
     Parameters
     ----------
-    link : Neighbours
-        The two neighbours.
+    ring : Ring
+        The neighbours.
     flat : ndarray
         One-dimensional and contiguous; same dtype and length on every rank.
     op : str
         A checked reduction.
-    rank, size : int
-        This rank and the world's size.
-    scratch : ndarray
-        ``CHUNK_BYTES`` of uint8 for what arrives.
+    members : int
+        How many ranks the values come from, for a mean.
     pass_on : bool
         Post the finished shard as well: the first step of `all_gather`.
     """
-    bounds = shard_bounds(flat.size, size)
-    longest = _longest(flat)
-    for start, stop in chunk_bounds(*bounds[(rank - 1) % size], longest):
-        link.post(as_bytes(flat[start:stop]))
-    for step in range(size - 1):
-        last = step == size - 2
-        for start, stop in chunk_bounds(*bounds[(rank - step - 2) % size], longest):
-            part = flat[start:stop]
-            incoming = scratch[: part.nbytes]
-            link.fill(incoming.data)
-            combine(op, part, incoming.view(flat.dtype), part)
+    for part in ring.chunks(flat, ring.rank - 1):
+        ring.post(as_bytes(part))
+    for step in range(ring.size - 1):
+        last = step == ring.size - 2
+        for part in ring.chunks(flat, ring.rank - step - 2):
+            combine(op, part, ring.take(part), part)
             if last:
-                finish(op, part, size)
+                finish(op, part, members)
             if pass_on or not last:
-                link.post(as_bytes(part))
+                ring.post(as_bytes(part))
     if not pass_on:
-        link.flush()
+        ring.right.flush()
 
 
-def all_reduce(link: Neighbours, flat: Array, op: str, rank: int, size: int, scratch: Array) -> None:
+def all_reduce(ring: Ring, flat: Array, op: str, members: int) -> None:
     """Reduce `flat` over the ring, in place; parameters as in `reduce_scatter`."""
-    reduce_scatter(link, flat, op, rank, size, scratch, pass_on=True)
-    bounds = shard_bounds(flat.size, size)
-    longest = _longest(flat)
-    for step in range(size - 1):
-        for start, stop in chunk_bounds(*bounds[(rank - step - 1) % size], longest):
-            view = as_bytes(flat[start:stop])
-            link.fill(view)
-            if step < size - 2:
-                link.post(view)
-    link.flush()
+    reduce_scatter(ring, flat, op, members, pass_on=True)
+    for step in range(ring.size - 1):
+        for part in ring.chunks(flat, ring.rank - step - 1):
+            ring.fill(as_bytes(part))
+            if step < ring.size - 2:
+                ring.post(as_bytes(part))
+    ring.right.flush()
 
 
-def broadcast(link: Neighbours, flat: Array, root: int, rank: int, size: int) -> None:
+def broadcast(ring: Ring, flat: Array, root: int) -> None:
     """Pass the root's array along the ring, chunk by chunk, in place."""
-    for start, stop in chunk_bounds(0, flat.size, _longest(flat)):
+    for start, stop in chunk_bounds(0, flat.size, ring.chunk_bytes // flat.itemsize):
         view = as_bytes(flat[start:stop])
-        if rank != root:
-            link.fill(view)
-        if (rank + 1) % size != root:
-            link.post(view)
-    link.flush()
+        if ring.rank != root:
+            ring.fill(view)
+        if (ring.rank + 1) % ring.size != root:
+            ring.post(view)
+    ring.right.flush()

@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from sparktf.errors import ParamError, TransportError
 from sparktf.transport.contract import Array, Communicator
-from sparktf.transport.reduction import check_array, check_op
+from sparktf.transport.reduction import check_array, check_dtype, check_op
 
 
 class SoloCommunicator(Communicator):
@@ -17,6 +20,7 @@ class SoloCommunicator(Communicator):
     def __init__(self, protocol: str) -> None:
         super().__init__(0, 1)
         self.protocol = protocol
+        self.reason = "one rank exchanges nothing"
         self._ended = ""
 
     @contextmanager
@@ -68,6 +72,13 @@ class SoloCommunicator(Communicator):
     def recv(self, peer: int, array: Array) -> Array:
         """Raise `ParamError`: there is no other rank."""
         raise ParamError(f"Expected another rank to receive from. Received: {peer} in a world of one.")
+
+    def allocate(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Return zeros: there is nobody to reach them."""
+        check_dtype(np.dtype(dtype))
+        with self._operation("allocate"):
+            self.stats.registrations += 1
+            return np.zeros(shape, dtype)
 
     def close(self) -> None:
         """Refuse later operations."""

@@ -10,7 +10,7 @@ from sparktf.transport.reduction import dtype_code
 # Magic, kind, dtype, reduction or root; operation number, rows, payload bytes.
 _HEADER = struct.Struct("<HBBHxxQQQ")
 _MAGIC = 0x5F54
-_KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier", "send")
+_KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier", "send", "allocate")
 
 HEADER_BYTES = _HEADER.size
 

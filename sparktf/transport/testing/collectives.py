@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparktf.errors import ParamError
+from sparktf.errors import ParamError, TransportError
 from sparktf.transport.contract import Array, Communicator
 from sparktf.transport.reduction import OPS
 from sparktf.transport.testing.worlds import run_threads
@@ -152,9 +152,52 @@ class Collectives:
 
         assert run_threads(self.protocol, 2, main) == [True, True]
 
+    @pytest.mark.parametrize("length", [5, 1000, 700_001])
+    def test_allocated_arrays_and_slices_of_them_give_what_others_give(self, length: int) -> None:
+        def main(comm: Communicator) -> tuple[list[bool], list[int]]:
+            values = np.random.default_rng(comm.rank).standard_normal(length + 3).astype(np.float32)
+            own = comm.allocate(length + 3, np.float32)
+            assert not own.any()
+            counts, equal = [comm.stats.registrations], []
+            for _ in range(3):
+                own[:] = values
+                inner, plain = own[2:-1], values[2:-1].copy()
+                shards = comm.reduce_scatter(inner, "max"), comm.reduce_scatter(plain, "max")
+                equal.append(np.array_equal(*shards))
+                comm.all_reduce(plain)
+                # As one rank's array is its own business, only some give theirs from the allocated one.
+                comm.all_reduce(inner if comm.rank else (copy := inner.copy()))
+                equal.append(np.array_equal(inner if comm.rank else copy, plain))
+                inner[:] = values[2:-1]
+                equal.append(np.array_equal(comm.all_reduce(inner), plain))
+                equal.append(bool((own[:2] == values[:2]).all() and own[-1] == values[-1]))
+                equal.append(np.array_equal(comm.broadcast(own, 1), comm.all_gather(own)[1]))
+                counts.append(comm.stats.registrations)
+            return equal, counts
+
+        for equal, counts in run_threads(self.protocol, 3, main):
+            assert all(equal)
+            assert counts[1] == counts[-1]
+
+    def test_an_allocation_that_differs_is_an_error_and_the_memory_outlives_the_communicator(self) -> None:
+        kept: list[Array] = []
+
+        def main(comm: Communicator) -> None:
+            cube = comm.allocate((2, 3, 4), np.float64)
+            assert cube.shape == (2, 3, 4)
+            cube += 1
+            kept.append(comm.all_reduce(cube))
+            comm.allocate(3 + comm.rank, np.int32)
+
+        outcomes = run_threads(self.protocol, 2, main)
+        assert all(isinstance(outcome, TransportError) for outcome in outcomes)
+        assert all((cube == 2).all() for cube in kept)
+
     def test_a_world_of_one_needs_no_peer(self) -> None:
         def main(comm: Communicator) -> bool:
             assert (comm.rank, comm.size, comm.protocol) == (0, 1, self.protocol)
+            assert comm.reason
+            assert comm.allocate((2, 2), np.float32).tolist() == [[0, 0], [0, 0]]
             comm.barrier()
             assert comm.all_gather_bytes(b"x") == [b"x"]
             return bool((comm.broadcast(comm.all_reduce(np.ones(5), "mean")) == 1).all())

@@ -1,0 +1,81 @@
+"""What a protocol brings: one link to every peer. The collectives are built on nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+
+class Gone(Exception):
+    """The connection to a peer ended or broke."""
+
+    def __init__(self, peer: int, detail: str) -> None:
+        super().__init__(detail)
+        self.peer = peer
+
+
+class Silent(Exception):
+    """A peer let the timeout pass; `doing` says whether we were sending or receiving."""
+
+    def __init__(self, peer: int, doing: str) -> None:
+        super().__init__(doing)
+        self.peer = peer
+
+
+class Link(ABC):
+    """The way to and from one peer, in order and without loss.
+
+    Data travels in pieces. The header and the view of one `send` or `post` are two pieces, those of no bytes none.
+    The peer receives the same pieces in the same order, each by one `fill` or `take` of the same length, so that a
+    link may cut long ones into whatever its memory holds, alike at both ends.
+
+    One thread uses a link at a time, but for `shutdown`. Every method but `shutdown` and `close` raises `Gone` where
+    the peer or the connection is lost and `Silent` where the timeout passes without progress; the link is dead from
+    then on.
+
+    Attributes
+    ----------
+    peer : int
+        The rank at the other end.
+    """
+
+    peer: int
+
+    @abstractmethod
+    def send(self, header: bytes, view: memoryview) -> None:
+        """Send a header and a view; return when the memory of both may be changed.
+
+        It may wait for the peer to receive, once more has been sent than the link can hold (64 KiB always fit).
+        """
+
+    @abstractmethod
+    def post(self, view: memoryview, header: bytes = b"") -> None:
+        """Begin to send a header and a view of any length, and return without waiting for the peer.
+
+        The view's memory must keep its contents until `flush`, or until the peer is known to have it.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return when the memory of all that was posted may be changed."""
+
+    @abstractmethod
+    def fill(self, view: memoryview) -> None:
+        """Receive one piece into the caller's memory."""
+
+    @abstractmethod
+    def take(self, nbytes: int) -> memoryview:
+        """Receive one piece, of at most the communicator's ``chunk_bytes``, into the link's own memory.
+
+        Returns
+        -------
+        memoryview
+            `nbytes` bytes, aligned to 64; valid until the next `fill` or `take` of this link.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Make every call, pending and later, raise `Gone`; called by any thread, perhaps more than once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; called once, when nobody uses the link. What was sent still arrives."""

@@ -1,0 +1,32 @@
+"""What a protocol can be told beyond `connect`'s arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparktf.errors import ParamError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices that each rank may make for itself.
+
+    Attributes
+    ----------
+    rdma_device : str or None
+        The RDMA device's name, as ``ibv_devices`` lists it; None: the first one with an active port.
+    rdma_port : int
+        The device's port, counted from 1.
+    rdma_gid_index : int or None
+        The entry of the port's GID table; None: a RoCE v2 one where there is one.
+    """
+
+    rdma_device: str | None = None
+    rdma_port: int = 1
+    rdma_gid_index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rdma_port < 1:
+            raise ParamError(f"Expected rdma_port to be 1 or more. Received: {self.rdma_port!r}.")
+        if self.rdma_gid_index is not None and self.rdma_gid_index < 0:
+            raise ParamError(f"Expected rdma_gid_index to be 0 or more, or None. Received: {self.rdma_gid_index!r}.")
