@@ -18,7 +18,7 @@ from sparktf.distribute.clock import StepClock
 from sparktf.distribute.model import Coordination, distribute_model, restore_model
 from sparktf.distribute.optimizer import distribute_optimizer, find_optimizers, restore_optimizer
 from sparktf.distribute.reducer import GradientReducer
-from sparktf.distribute.state import broadcast_variables, check_drift, seed_generators
+from sparktf.distribute.state import broadcast_variables, check_drift, keep_accumulated, seed_generators
 from sparktf.errors import DataError
 from sparktf.transport import Communicator
 
@@ -68,7 +68,7 @@ class FitReport:
     seconds : float
         Wall-clock seconds of the whole fit on this rank.
     communicate_seconds : float
-        Seconds of it that this rank spent in collectives.
+        Seconds of it that this rank waited for collectives; those that ran while TensorFlow computed do not count.
     steps_per_epoch : int
     notices : list of str
         What was changed for the fit, for people.
@@ -131,7 +131,22 @@ def fit_rank(
     plan = StepPlan(rows=rows.training, batch_size=settings.batch_size)
     if plan.steps == 0:
         raise DataError("Expected rows to train on, received an empty DataFrame (or only validation rows).")
-    reducer = GradientReducer(communicator)
+    with GradientReducer(communicator) as reducer:
+        return _fit_in_step(model, communicator, reducer, rows, plan, training, validation, settings, callbacks, report)
+
+
+def _fit_in_step(
+    model: Any,
+    communicator: Communicator,
+    reducer: GradientReducer,
+    rows: RankRows,
+    plan: StepPlan,
+    training: Callable[[Order, int], Any],
+    validation: Any,
+    settings: FitSettings,
+    callbacks: Sequence[Any],
+    report: Callable[[dict[str, Any]], None] | None,
+) -> FitReport:
     result = FitReport(steps_per_epoch=plan.steps)
     epoch = _Epoch()
     clock = StepClock(plan, communicator.rank)
@@ -151,8 +166,7 @@ def fit_rank(
         first = int(communicator.all_gather_bytes(str(int(model._initial_epoch or 0)).encode())[0])
         if first:
             model._initial_epoch = first
-            broadcast_variables(_all_variables(model), communicator)
-            seed_generators(model, settings.seed, communicator.rank)
+            _take_chiefs_state(model, communicator, settings.seed)
 
     epoch_logs: list[dict[str, float]] = []
 
@@ -180,7 +194,7 @@ def fit_rank(
     names = dict.fromkeys(name for logs in epoch_logs for name in logs)
     result.history = {name: [logs.get(name, math.nan) for logs in epoch_logs] for name in names}
     result.seconds = time.monotonic() - started
-    result.communicate_seconds = communicator.stats.seconds - talked
+    result.communicate_seconds = communicator.stats.seconds - talked - reducer.hidden_seconds
     return result
 
 
@@ -230,11 +244,11 @@ def _in_step(
     """Hold the model and its optimizers in their distributed form."""
     # Before the first exchange, so that every rank raises this error itself.
     sum_loss = communicator.size > 1 and loss_reduction(model) == "sum"
-    broadcast_variables(_all_variables(model), communicator)
-    seed_generators(model, settings.seed, communicator.rank)
+    _take_chiefs_state(model, communicator, settings.seed)
     if communicator.size == 1:
         yield
         return
+    optimizers = find_optimizers(model)
     coordination = Coordination(
         communicator,
         reducer,
@@ -243,8 +257,8 @@ def _in_step(
         validation_rows=rows.validation[communicator.rank],
         sum_loss=sum_loss,
         may_idle=any(plan.local_rows(plan.steps - 1, rank) == 0 for rank in range(communicator.size)),
+        optimizers=optimizers,
     )
-    optimizers = find_optimizers(model)
     with _without_xla(model, notices), contextlib.ExitStack() as stack:
         for optimizer in optimizers:
             distribute_optimizer(optimizer, reducer, lambda: coordination.share)
@@ -254,9 +268,12 @@ def _in_step(
         yield
 
 
-def _all_variables(model: Any) -> list[Any]:
-    variables = [*model.variables, *(v for optimizer in find_optimizers(model) for v in optimizer.variables)]
-    return list({id(v): v for v in variables}.values())
+def _take_chiefs_state(model: Any, communicator: Communicator, seed: int) -> None:
+    optimizers = find_optimizers(model)
+    variables = [*model.variables, *(v for optimizer in optimizers for v in optimizer.variables)]
+    broadcast_variables({id(v): v for v in variables}.values(), communicator)
+    keep_accumulated(optimizers, communicator)
+    seed_generators(model, seed, communicator.rank)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,20 @@ own ``fit`` runs: its callbacks, validation, history, ``steps_per_execution`` an
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from sparktf.distribute.checks import refuse_masks
 from sparktf.distribute.clock import StepClock
 from sparktf.distribute.derive import derive, restore
 from sparktf.distribute.reducer import GradientReducer
-from sparktf.distribute.state import average_state, common_names, mean_of_logs, sum_metric_states
+from sparktf.distribute.state import (
+    average_state,
+    common_names,
+    mean_of_logs,
+    sum_accumulated,
+    sum_metric_states,
+)
 from sparktf.transport import Communicator
 
 
@@ -33,6 +40,8 @@ class Coordination:
         The compiled losses are sums over the rows, not means.
     may_idle : bool
         Some rank takes a step without rows; where none does, the graph need not branch.
+    optimizers : sequence of keras.optimizers.Optimizer
+        Those that reduce.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class Coordination:
         validation_rows: int,
         sum_loss: bool,
         may_idle: bool,
+        optimizers: Sequence[Any] = (),
     ) -> None:
         self.communicator = communicator
         self.reducer = reducer
@@ -53,6 +63,7 @@ class Coordination:
         self.validation_rows = validation_rows
         self.sum_loss = sum_loss
         self.may_idle = may_idle
+        self.optimizers = optimizers
         # Tensors of the step that is being traced.
         self.share: Any = None
         self.inverse_share: Any = None
@@ -150,6 +161,7 @@ class _DistributedMixin:
         if group.evaluating:
             return _with_plain_logs(results, logs, group.validation_rows, group.communicator)
         average_state(self, group.row_weight, group.communicator)
+        sum_accumulated(group.optimizers, group.communicator)
         return _with_plain_logs(results, logs, float(group.last_rows.numpy()), group.communicator)
 
 

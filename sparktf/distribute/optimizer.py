@@ -17,17 +17,51 @@ from sparktf.errors import ParamError
 
 
 class _ReducingMixin:
-    """`apply` with the gradients reduced first; mixed in before the optimizer's own class."""
+    """`apply` with the gradients reduced first; mixed in before the optimizer's own class.
 
-    _sparktf_reduce: Callable[[Sequence[Any]], list[Any]]
+    An optimizer that accumulates gradients is given its rank's own, weighted, and reduces their sum where it updates
+    the variables: once an update, not once a step.
+    """
+
+    _sparktf_reduce: Callable[[Sequence[Any], Any], list[Any]]
+    _sparktf_share: Callable[[], Any]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        share = self._sparktf_share()
+        if accumulates(self):
+            grads = [None if gradient is None else _weigh(gradient, share) for gradient in grads]
+        else:
+            grads = self._sparktf_reduced(grads, share)
+        return super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Any:
+        # What Keras calls first with the sum of what was accumulated.
+        if accumulates(self):
+            grads = self._sparktf_reduced(grads, 1.0)
+        return super()._clip_gradients(grads)  # type: ignore[misc]
+
+    def _sparktf_reduced(self, grads: Sequence[Any], share: Any) -> list[Any]:
         grads = list(grads)
         present = [i for i, gradient in enumerate(grads) if gradient is not None]
         if present:
-            for i, gradient in zip(present, self._sparktf_reduce([grads[i] for i in present]), strict=True):
+            for i, gradient in zip(present, self._sparktf_reduce([grads[i] for i in present], share), strict=True):
                 grads[i] = gradient
-        return super().apply(grads, trainable_variables)  # type: ignore[misc]
+        return grads
+
+
+def accumulates(optimizer: Any) -> bool:
+    """Tell whether an optimizer adds up the gradients of several steps before it updates the variables."""
+    return bool(getattr(optimizer, "gradient_accumulation_steps", None))
+
+
+def _weigh(gradient: Any, share: Any) -> Any:
+    """Multiply a gradient by the rank's share; where that is 0, by selection: 0 * NaN would be NaN."""
+    import tensorflow as tf
+
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(_weigh(gradient.values, share), gradient.indices, gradient.dense_shape)
+    weighted = gradient * tf.cast(share, gradient.dtype)
+    return tf.where(share > 0, weighted, tf.zeros_like(gradient))
 
 
 def find_optimizers(model: Any) -> list[Any]:
@@ -91,10 +125,12 @@ def distribute_optimizer(optimizer: Any, reducer: GradientReducer, share: Callab
     """
     key = reducer.new_key()
     derive(optimizer, _ReducingMixin)
-    object.__setattr__(optimizer, "_sparktf_reduce", lambda grads: reducer.reduce(key, grads, share()))
+    object.__setattr__(optimizer, "_sparktf_reduce", lambda grads, weight: reducer.reduce(key, grads, weight))
+    object.__setattr__(optimizer, "_sparktf_share", share)
 
 
 def restore_optimizer(optimizer: Any) -> None:
     """Undo `distribute_optimizer`."""
     restore(optimizer)
     object.__delattr__(optimizer, "_sparktf_reduce")
+    object.__delattr__(optimizer, "_sparktf_share")

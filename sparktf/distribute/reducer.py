@@ -2,70 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
-from sparktf.errors import HandshakeError, SparktfError
+from sparktf.distribute.exchange import Array, GradientExchange, Kind
+from sparktf.errors import SparktfError
 from sparktf.transport import Communicator
-
-
-class _Layout:
-    """The gradients of one optimizer packed into one buffer a dtype, and where each lies in it.
-
-    Two buffers alternate: TensorFlow reads the views that a step returns without copying them, and may still do
-    so when the next step's gradients arrive.
-    """
-
-    def __init__(self, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-        self.signature = [(str(a.dtype), a.shape) for a in arrays]
-        sizes: dict[np.dtype[Any], int] = {}
-        self.places: list[tuple[np.dtype[Any], int, int]] = []
-        for array in arrays:
-            # Half precision is summed in single: its shares would not add up to 1.
-            dtype = np.dtype(np.float32) if array.dtype.itemsize == 2 else array.dtype
-            start = sizes.get(dtype, 0)
-            self.places.append((dtype, start, start + array.size))
-            sizes[dtype] = start + array.size
-        # One element more for the stop flag, in the first dtype.
-        self.flag_dtype = self.places[0][0] if arrays else np.dtype(np.float32)
-        self.flag_at = sizes.get(self.flag_dtype, 0)
-        sizes[self.flag_dtype] = self.flag_at + 1
-        self._buffers = [{d: np.zeros(n, dtype=d) for d, n in sizes.items()} for _ in range(2)]
-        self._turn = 0
-
-    def next_buffers(self) -> dict[np.dtype[Any], np.ndarray[Any, Any]]:
-        self._turn = 1 - self._turn
-        return self._buffers[self._turn]
-
-    def digest(self) -> bytes:
-        return hashlib.blake2b(repr(self.signature).encode(), digest_size=16).digest()
 
 
 class GradientReducer:
     """Reduces gradients in place of one process's backward pass on the global batch.
 
-    ``reduce`` is called while TensorFlow traces a step; the communication itself runs when the step does, as one
-    stateful op, so that several optimizers reduce in the same order on every rank. A request to stop rides along
-    with the gradients, so that all ranks learn of it in the same step.
+    ``reduce`` is called while TensorFlow traces a step; the communication itself runs when the step does. A request to
+    stop rides along with the gradients, so that all ranks learn of it in the same step. Use it in a ``with`` block.
 
     Parameters
     ----------
     communicator : Communicator
         The group whose gradients are summed.
+
+    Attributes
+    ----------
+    stop_agreed : bool
+        A rank has asked to stop, and all know.
+    failure : Exception or None
+        What went wrong inside a step: TensorFlow raises an error of its own, which holds only the text.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._layouts: dict[tuple[Any, ...], _Layout] = {}
+        self._exchanges: dict[tuple[Any, ...], GradientExchange] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparktf-reduce")
         self._keys = 0
         self._stop_requested = False
         self.stop_agreed = False
-        self.seconds = 0.0
         self.failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # What it is in the middle of ends within the communicator's timeout.
+        self._thread.shutdown(cancel_futures=True)
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Seconds of communication that no step waited for, as TensorFlow computed meanwhile."""
+        return sum(exchange.hidden_seconds for exchange in self._exchanges.values())
 
     def request_stop(self) -> None:
         """Ask all ranks to stop; takes effect on all of them after the same step."""
@@ -123,20 +113,14 @@ class GradientReducer:
 
         dense = [i for i, g in enumerate(gradients) if not isinstance(g, tf.IndexedSlices)]
         sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
-        parts = [gradients[i] for i in dense]
-        parts += [part for i in sparse for part in (gradients[i].values, gradients[i].indices)]
-        parts = [tf.convert_to_tensor(part) for part in parts]
-        # One optimizer may be applied to several sets of variables in a step.
-        which = (key, tuple((p.dtype.name, tuple(p.shape)) for p in parts[: len(dense)]), len(sparse))
-
-        def host(share: np.ndarray[Any, Any], *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-            return self._reduce_now(which, float(share), arrays[: len(dense)], arrays[len(dense) :])
-
-        reduced = tf.numpy_function(host, [share, *parts], [p.dtype for p in parts], stateful=True)
-        reduced = list(reduced) if isinstance(reduced, list | tuple) else [reduced]
-        for tensor, part in zip(reduced[: len(dense)], parts, strict=False):
+        tensors = [tf.convert_to_tensor(gradients[i]) for i in dense]
+        slices = [tf.convert_to_tensor(part) for i in sparse for part in (gradients[i].values, gradients[i].indices)]
+        kinds = [(np.dtype(t.dtype.as_numpy_dtype), tuple(t.shape)) for t in tensors]
+        exchange = self.exchange(key, kinds, len(sparse))
+        reduced = self._trace(exchange, tensors, slices, share)
+        for tensor, part in zip(reduced[: len(dense)], tensors, strict=False):
             tensor.set_shape(part.shape)
-        for tensor, part in zip(reduced[len(dense) :], parts[len(dense) :], strict=True):
+        for tensor, part in zip(reduced[len(dense) :], slices, strict=True):
             tensor.set_shape((None, *part.shape[1:]))
         results: list[Any] = list(gradients)
         for place, i in enumerate(dense):
@@ -146,35 +130,76 @@ class GradientReducer:
             results[i] = tf.IndexedSlices(values, indices, gradients[i].dense_shape)
         return results
 
-    def _reduce_now(
-        self,
-        key: tuple[Any, ...],
-        share: float,
-        arrays: Sequence[np.ndarray[Any, Any]],
-        slices: Sequence[np.ndarray[Any, Any]] = (),
-    ) -> list[np.ndarray[Any, Any]]:
-        started = time.perf_counter()
-        try:
-            layout = self._layouts.get(key) or self._agree_on_layout(key, arrays)
-            buffers = layout.next_buffers()
-            self._pack(layout, buffers, share, arrays)
-            for buffer in buffers.values():
-                self._communicator.all_reduce(buffer)
-            if float(buffers[layout.flag_dtype][layout.flag_at]) > 0:
-                self.stop_agreed = True
-            summed = [
-                buffers[dtype][start:stop].reshape(array.shape).astype(array.dtype, copy=False)
-                for (dtype, start, stop), array in zip(layout.places, arrays, strict=True)
-            ]
-            return summed + self._gather(share, slices)
-        except SparktfError as error:
-            # TensorFlow turns whatever is raised here into an error of its own that holds only the text.
-            self.failure = error
-            raise
-        finally:
-            self.seconds += time.perf_counter() - started
+    def exchange(self, key: int, kinds: Sequence[Kind], sparse: int = 0) -> GradientExchange:
+        """Return the exchange of these gradients of an optimizer, which may apply several sets of them in a step."""
+        which = (key, tuple((dtype.name, shape) for dtype, shape in kinds), sparse)
+        if which not in self._exchanges:
+            self._exchanges[which] = GradientExchange(self._communicator, kinds, self._thread)
+        return self._exchanges[which]
 
-    def _gather(self, share: float, slices: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def _trace(self, exchange: GradientExchange, tensors: list[Any], slices: list[Any], share: Any) -> list[Any]:
+        """Lay the ops that pack, send and wait into the graph."""
+        import tensorflow as tf
+
+        dtypes = [t.dtype for t in (*tensors, *slices)]
+        parts = [[tensors[place.gradient] for place in bucket.places] for bucket in exchange.buckets]
+        if len(parts) == 1:
+            # Nothing is left to overlap with, and handing a small bucket to a thread takes longer than sending it.
+            whole = self._guarded(lambda share, *arrays: self.reduce_now(exchange, float(share), arrays))
+            return _listed(tf.numpy_function(whole, [share, *parts[0], *slices], dtypes, stateful=True))
+        # Stateful, as the last one is: several optimizers so take their turns in one order on every rank.
+        begun = tf.numpy_function(self._packer(exchange, 0), [share, *parts[0]], tf.int64, stateful=True)
+        packed = [begun]
+        for number in range(1, len(parts)):
+            # Not stateful: each runs as soon as its own gradients are there.
+            pack = self._packer(exchange, number)
+            packed.append(tf.numpy_function(pack, [share, *parts[number], begun], tf.int64, stateful=False))
+
+        def finish(share: Array, *arrays: Array) -> list[Array]:
+            exchange.wait()
+            return self._results(exchange, float(share), arrays[len(packed) :])
+
+        return _listed(tf.numpy_function(self._guarded(finish), [share, *packed, *slices], dtypes, stateful=True))
+
+    def _packer(self, exchange: GradientExchange, number: int) -> Callable[..., Any]:
+        def pack(share: Array, *arrays: Array) -> Array:
+            if number == 0:
+                exchange.begin()
+            count = len(exchange.buckets[number].places)
+            exchange.pack(number, float(share), arrays[:count], self._stop_requested)
+            exchange.send(number)
+            return np.array(number)
+
+        return self._guarded(pack)
+
+    def reduce_now(self, exchange: GradientExchange, share: float, arrays: Sequence[Array]) -> list[Array]:
+        """Sum gradients that lie in one bucket, in the calling thread.
+
+        Parameters
+        ----------
+        exchange : GradientExchange
+            Of one bucket.
+        share : float
+        arrays : sequence of ndarray
+            The bucket's gradients in the order of its places, then values and indices of sparse ones.
+
+        Returns
+        -------
+        list of ndarray
+            In the order of the variables, then the sparse ones.
+        """
+        count = len(exchange.buckets[0].places)
+        exchange.begin()
+        exchange.pack(0, share, arrays[:count], self._stop_requested)
+        exchange.reduce_here()
+        return self._results(exchange, share, arrays[count:])
+
+    def _results(self, exchange: GradientExchange, share: float, slices: Sequence[Array]) -> list[Array]:
+        summed, stop = exchange.results()
+        self.stop_agreed = self.stop_agreed or stop
+        return summed + self._gather(share, slices)
+
+    def _gather(self, share: float, slices: Sequence[Array]) -> list[Array]:
         """Join all ranks' slices, values and indices in turn, the values weighted by the rank's share."""
         joined = []
         for place, array in enumerate(slices):
@@ -184,33 +209,21 @@ class GradientReducer:
             joined.append(np.concatenate(self._communicator.all_gather(np.ascontiguousarray(mine))))
         return joined
 
-    def _pack(
-        self,
-        layout: _Layout,
-        buffers: dict[np.dtype[Any], np.ndarray[Any, Any]],
-        share: float,
-        arrays: Sequence[np.ndarray[Any, Any]],
-    ) -> None:
-        for (dtype, start, stop), array in zip(layout.places, arrays, strict=True):
-            target = buffers[dtype][start:stop]
-            if share == 0.0:
-                target.fill(0)
-            elif array.dtype == dtype:
-                np.multiply(array.reshape(-1), dtype.type(share), out=target)
-            else:
-                target[:] = array.reshape(-1)
-                target *= dtype.type(share)
-        buffers[layout.flag_dtype][layout.flag_at] = 1 if self._stop_requested else 0
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arrays: Array) -> Any:
+            with self._keeping_failure():
+                return function(*arrays)
 
-    def _agree_on_layout(self, key: tuple[Any, ...], arrays: Sequence[np.ndarray[Any, Any]]) -> _Layout:
-        layout = _Layout(arrays)
-        everyones = self._communicator.all_gather_bytes(layout.digest())
-        differing = [rank for rank, digest in enumerate(everyones) if digest != everyones[0]]
-        if differing:
-            raise HandshakeError(
-                f"Expected the same gradients on every rank, received others on ranks {differing} than on rank 0; "
-                f"this rank has {layout.signature}. Build the same model on every rank (modelFn must not depend on "
-                "the rank)."
-            )
-        self._layouts[key] = layout
-        return layout
+        return run
+
+    @contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except SparktfError as error:
+            self.failure = error
+            raise
+
+
+def _listed(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]

@@ -91,6 +91,32 @@ def average_state(model: Any, weight: float, communicator: Communicator) -> None
         variable.assign(chiefs.reshape(mine.shape))
 
 
+def keep_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> None:
+    """Forget what optimizers have accumulated, but on the chief: ranks that have its state would count it anew."""
+    for variable in _accumulators(optimizers) if communicator.rank else ():
+        variable.assign(np.zeros(variable.shape, variable.dtype))
+
+
+def sum_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> None:
+    """Hand the chief the sum over the ranks of what optimizers have accumulated since their last update.
+
+    The sum over all ranks stays what it was, and a model that the chief saves holds all of it.
+    """
+    if communicator.size == 1:
+        return
+    for variable in _accumulators(optimizers):
+        total = communicator.all_reduce(np.array(variable.numpy(), np.float32, order="C"))
+        if communicator.rank == 0:
+            variable.assign(total.astype(variable.dtype))
+        else:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+
+
+def _accumulators(optimizers: Iterable[Any]) -> list[Any]:
+    accumulating = [o for o in optimizers if getattr(o, "gradient_accumulation_steps", None)]
+    return [v for optimizer in accumulating for v in optimizer._accumulated_gradients if v is not None]
+
+
 def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> None:
     """Add up the states of Keras metrics over the ranks, in place.
 

@@ -25,6 +25,12 @@ def _mean_gradient(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndar
     return 2 * x.T @ (x @ weights - y) / len(x)
 
 
+def _reduce(reducer: GradientReducer, share: float, gradient: np.ndarray) -> np.ndarray:
+    exchange = reducer.exchange(1, [(gradient.dtype, gradient.shape)])
+    (reduced,) = reducer.reduce_now(exchange, share, [gradient])
+    return reduced
+
+
 def _descend(rows: tuple[int, ...], batch_size: int, epochs: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Train a linear model by gradient descent: every rank's weights, and those of one process."""
     plan = StepPlan(rows, batch_size)
@@ -37,10 +43,11 @@ def _descend(rows: tuple[int, ...], batch_size: int, epochs: int) -> tuple[list[
 
     def main(communicator: Communicator) -> np.ndarray:
         reducer, weights, rank = GradientReducer(communicator), np.zeros(3), communicator.rank
+        exchange = reducer.exchange(1, [(weights.dtype, weights.shape)])
         for _ in range(epochs):
             for step in range(plan.steps):
                 share = plan.local_rows(step, rank) / plan.global_rows(step)
-                (gradient,) = reducer._reduce_now(1, share, [_mean_gradient(weights, *batch(rank, step))])
+                (gradient,) = reducer.reduce_now(exchange, share, [_mean_gradient(weights, *batch(rank, step))])
                 weights = weights - 0.05 * gradient
         return weights
 
@@ -96,8 +103,7 @@ def test_two_fits_with_one_seed_are_equal_to_the_last_bit() -> None:
 
 def test_ranks_with_different_models_are_refused_before_the_first_update() -> None:
     def main(communicator: Communicator) -> Any:
-        reducer = GradientReducer(communicator)
-        return reducer._reduce_now(1, 0.5, [np.ones(3 + communicator.rank, "float32")])
+        return _reduce(GradientReducer(communicator), 0.5, np.ones(3 + communicator.rank, "float32"))
 
     outcomes = run_threads("tcp", 2, main)
     assert any("same gradients on every rank" in str(outcome) for outcome in outcomes), outcomes
@@ -106,8 +112,7 @@ def test_ranks_with_different_models_are_refused_before_the_first_update() -> No
 def test_a_nan_of_a_rank_without_rows_does_not_reach_the_others() -> None:
     def main(communicator: Communicator) -> np.ndarray:
         gradient = np.full(4, np.nan if communicator.rank else 2.0, "float32")
-        (reduced,) = GradientReducer(communicator)._reduce_now(1, 0.0 if communicator.rank else 1.0, [gradient])
-        return np.array(reduced)
+        return np.array(_reduce(GradientReducer(communicator), 0.0 if communicator.rank else 1.0, gradient))
 
     for outcome in run_threads("tcp", 2, main):
         np.testing.assert_array_equal(outcome, np.full(4, 2.0, "float32"))
@@ -119,7 +124,7 @@ def test_a_wish_to_stop_reaches_all_ranks_in_the_step_after_it() -> None:
         for step in range(3):
             if communicator.rank == 1 and step == 1:
                 reducer.request_stop()
-            reducer._reduce_now(1, 0.5, [np.ones(2, "float32")])
+            _reduce(reducer, 0.5, np.ones(2, "float32"))
             seen.append(reducer.stop_agreed)
         return seen
 
@@ -132,7 +137,7 @@ def test_no_buffer_is_made_after_the_first_two_steps() -> None:
         gradient = np.ones(100_000, "float32")
         places = []
         for _ in range(6):
-            (reduced,) = reducer._reduce_now(1, 0.5, [gradient])
+            reduced = _reduce(reducer, 0.5, gradient)
             places.append(reduced.__array_interface__["data"][0])
         return len(set(places)) == 2
 

@@ -1,0 +1,179 @@
+"""Gradients that are sent bucket after bucket while the backward pass runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import groups
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sparktf.distribute import buckets
+from sparktf.distribute.exchange import GradientExchange
+from sparktf.distribute.reducer import GradientReducer
+from sparktf.errors import PeerLostError
+from sparktf.transport import Communicator
+from sparktf.transport.testing import run_threads
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "FIRST_BYTES", 100)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 400)
+
+
+def _data(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(rows, 6)).astype("float32"), rng.normal(size=(rows, 2)).astype("float32")
+
+
+def _deep(optimizer: Any = None) -> keras.Model:
+    layers = [keras.Input((6,)), *(keras.layers.Dense(12, "tanh") for _ in range(4)), keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+@pytest.mark.parametrize("rows", [(8, 8), (9, 0, 5)])
+def test_a_model_of_many_buckets_is_trained_as_by_one_process(rows: tuple[int, ...]) -> None:
+    groups.assert_as_one_process(_deep, groups.Task(_data(sum(rows)), rows, epochs=3))
+
+
+def test_several_steps_in_one_execution_keep_their_buckets_apart() -> None:
+    def make() -> keras.Model:
+        model = _deep()
+        model.compile("adam", "mse", steps_per_execution=3)
+        return model
+
+    groups.assert_as_one_process(make, groups.Task(_data(24), (13, 11), epochs=2))
+
+
+def _steps(communicator: Communicator, count: int, gradients: Any) -> tuple[list[list[np.ndarray]], list[Any]]:
+    """Reduce in a traced step, `count` times; return the results and the exchanges."""
+    with GradientReducer(communicator) as reducer:
+        step = tf.function(lambda share: reducer.reduce(1, gradients(), share))
+        results = [[part.numpy() for part in step(tf.constant(0.5))] for _ in range(count)]
+        return results, list(reducer._exchanges.values())
+
+
+def test_buckets_are_summed_each_in_its_place() -> None:
+    def main(communicator: Communicator) -> Any:
+        def gradients() -> list[tf.Tensor]:
+            return [tf.fill([20 + i, 3], float(i + communicator.rank)) for i in range(6)]
+
+        return _steps(communicator, 3, gradients)
+
+    for results, (exchange,) in run_threads("tcp", 2, main):
+        assert len(exchange.buckets) == 4
+        for step in results:
+            assert [part.shape for part in step] == [(20 + i, 3) for i in range(6)]
+            assert all((part == i + 0.5).all() for i, part in enumerate(step))
+
+
+def test_nothing_is_allocated_or_registered_after_the_first_step() -> None:
+    def main(communicator: Communicator) -> list[int]:
+        counts = []
+        with GradientReducer(communicator) as reducer:
+            step = tf.function(lambda: reducer.reduce(1, [tf.ones(1000), tf.ones(2000)], tf.constant(0.5)))
+            for _ in range(6):
+                step()
+                counts.append(communicator.stats.registrations)
+        return counts
+
+    for counts in run_threads("tcp", 2, main):
+        assert len(set(counts)) == 1
+
+
+def test_tensorflow_reads_the_sums_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent: list[int] = []
+    results = GradientExchange.results
+
+    def noted(self: GradientExchange) -> Any:
+        summed, stop = results(self)
+        lent.extend(part.__array_interface__["data"][0] for part in summed)
+        return summed, stop
+
+    monkeypatch.setattr(GradientExchange, "results", noted)
+
+    def main(communicator: Communicator) -> list[int]:
+        with GradientReducer(communicator) as reducer:
+            step = tf.function(lambda: reducer.reduce(1, [tf.ones(1001), tf.ones((7, 33))], tf.constant(0.5)))
+            # dlpack, unlike numpy(), never copies.
+            return [np.from_dlpack(part).__array_interface__["data"][0] for part in map(_dlpack, step())]
+
+    for places in run_threads("tcp", 2, main):
+        assert set(places) <= set(lent)
+
+
+class _dlpack:
+    """A tensor as numpy takes it without a copy."""
+
+    def __init__(self, tensor: tf.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return tf.experimental.dlpack.to_dlpack(self._tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def test_an_error_in_the_sending_thread_ends_the_step_with_its_own_words() -> None:
+    def main(communicator: Communicator) -> Any:
+        if communicator.rank == 1:
+            communicator.barrier()
+            raise ValueError("on purpose")
+        communicator.barrier()
+        with GradientReducer(communicator) as reducer:
+            step = tf.function(lambda: reducer.reduce(1, [tf.ones(1000), tf.ones(2000)], tf.constant(0.5)))
+            with pytest.raises(tf.errors.OpError):
+                step()
+            return reducer.failure
+
+    failure, _ = run_threads("tcp", 2, main)
+    assert isinstance(failure, PeerLostError)
+    assert "on purpose" in str(failure)
+
+
+def _operations(accumulate: int | None) -> list[int]:
+    def make() -> keras.Model:
+        return _deep(keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulate))
+
+    counts: list[int] = []
+    all_reduce = GradientExchange.begin
+
+    def counted(self: GradientExchange) -> None:
+        counts.append(1)
+        all_reduce(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientExchange, "begin", counted)
+        groups.assert_as_one_process(make, groups.Task(_data(48), (24, 24), epochs=2))
+    return counts
+
+
+def test_gradients_that_are_accumulated_are_reduced_once_an_update() -> None:
+    # 12 steps on 2 ranks, and 3 updates of 4 steps.
+    assert len(_operations(None)) == 24
+    assert len(_operations(4)) == 6
+
+
+def test_what_was_accumulated_when_a_fit_ended_is_neither_lost_nor_counted_twice(tmp_path: Path) -> None:
+    def make() -> keras.Model:
+        return _deep(keras.optimizers.SGD(0.01, gradient_accumulation_steps=5))
+
+    def loaded() -> keras.Model:
+        return keras.saving.load_model(tmp_path / "chief.keras")
+
+    task = groups.Task(_data(24), (12, 12), epochs=1)
+    groups.by_ranks(make, task)[0].model.save(tmp_path / "chief.keras")
+    # Three steps were taken, and the update comes after two more.
+    resumed = groups.by_ranks(loaded, task)
+    groups.assert_ranks_agree(resumed)
+    alone = groups.by_one_process(make, task).model
+    groups.by_one_process(lambda: alone, task)
+    for ours, theirs in zip(resumed[0].model.variables, alone.variables, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6)
