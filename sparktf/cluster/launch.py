@@ -16,10 +16,10 @@ from typing import Any
 
 from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
 from sparktf.cluster.job import TrainJob
-from sparktf.cluster.node import MODEL, REPORT, RESULT_SCHEMA, train_task
+from sparktf.cluster.node import MODEL, REFUSED, REPORT, RESULT_SCHEMA, train_task
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.fit import FitSettings
-from sparktf.errors import ClusterError, NodeError, SparktfError, own_error
+from sparktf.errors import ClusterError, DataError, NodeError, SparktfError, own_error
 
 _LOG = logging.getLogger("sparktf.cluster")
 
@@ -201,6 +201,8 @@ def _node_error(failure: NodeFailure | None, error: Exception | None) -> Excepti
 def _result(rows: list[Any], job: TrainJob, path: str, server: ControlServer | None) -> TrainingResult:
     import json
 
+    if refused := [bytes(row["payload"]).decode() for row in rows if row["name"] == REFUSED]:
+        raise DataError(refused[0])
     reports = {row["rank"]: json.loads(bytes(row["payload"])) for row in rows if row["name"] == REPORT}
     missing = sorted(set(range(job.world_size)) - set(reports))
     if missing and server is not None and (failure := server.failure()) is not None:

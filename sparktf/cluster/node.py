@@ -17,7 +17,7 @@ from sparktf.cluster.child import train_in_child
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
-from sparktf.cluster.spooling import spool_partition
+from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import start_tensorflow, threads_for
 from sparktf.cluster.training import make_model, train
 from sparktf.distribute.custom_objects import registered
@@ -27,7 +27,7 @@ from sparktf.transport import Communicator, connect
 _LOG = logging.getLogger("sparktf.cluster")
 
 RESULT_SCHEMA = "rank int, name string, part int, payload binary"
-REPORT, MODEL = "report", "model"
+REPORT, MODEL, REFUSED = "report", "model", "refused"
 
 # Ranks that spool meet this often, in seconds.
 _MEET_SECONDS = 10.0
@@ -131,7 +131,11 @@ def _run(
     with _connect(job, rank, meet, host) as communicator:
         check_versions(dict(job.versions), peers)
         threads = threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank]))
-        return _train(batches, job, communicator, control, host, threads)
+        try:
+            return _train(batches, job, communicator, control, host, threads)
+        except RefusedRows as error:
+            # All ranks know it, so none of them has to fail, and Spark nothing to add.
+            return [(REFUSED, 0, str(error).encode())]
 
 
 def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communicator:

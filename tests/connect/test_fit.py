@@ -69,6 +69,12 @@ def test_bad_columns_are_named_before_the_job(rows: Any) -> None:
         _estimator(featuresCol="nope").fit(rows)
 
 
+def test_nulls_are_counted_over_all_workers(rows: Any) -> None:
+    spoiled = rows.selectExpr("if(held_out, null, a) as a", "b", "c", "label")
+    with pytest.raises(DataError, match="30 nulls in the 120 rows of the DataFrame: 30 in 'a'"):
+        _estimator(inputCols=["a", "b", "c"], numWorkers=2).fit(spoiled)
+
+
 class _Boom(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         raise RuntimeError("kaboom in a callback")
