@@ -56,17 +56,15 @@ class ModelArchive:
     def from_model(cls, model: keras.Model) -> Self:
         """Save a Keras model, compiled state and optimizer variables included; the model is not changed.
 
+        A model that was never built (a Sequential without Input) is saved as such, without weights.
+
         Raises
         ------
         PersistenceError
             Keras cannot save this model.
         """
-        if not model.built:
-            raise PersistenceError(
-                f"model {model.name!r} has no weights yet. Expected a built model: give it an Input layer, "
-                "or call it once on data"
-            )
-        with _private_directory() as directory:
+        with _private_directory() as directory, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are saving a model that has not yet been built")
             path = os.path.join(directory, "model.keras")
             try:
                 model.save(path)

@@ -41,7 +41,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
     Parameters
     ----------
     model : keras.Model
-        Compiled. It is read, never changed; its weights and its optimizer's state are where training starts.
+        Compiled. It is read, never changed; its weights and its optimizer's state are where training starts. One that
+        was never built (a Sequential without Input) is built on the nodes, from the shapes of the columns.
     modelFn : callable
         In place of `model`: a function of no arguments that returns a compiled model, called on every node.
     featuresCol, inputCols, inputMapping
