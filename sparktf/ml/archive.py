@@ -211,7 +211,9 @@ def _advice(exc: Exception) -> str:
     if "Lambda" in text or "safe_mode" in text:
         return (
             "the file holds Python code (a Lambda layer), which is not run unless asked for. If you trust "
-            "where the file comes from, load it with safe_mode=False"
+            "where the file comes from, load it with safe_mode=False (TFModel.load, TFEstimator.load, "
+            "TFModel.fromKeras); where it is loaded as a part of a Pipeline or of a tuned model, call "
+            "keras.config.enable_unsafe_deserialization() before"
         )
     return text.splitlines()[0] if text else type(exc).__name__
 
