@@ -211,12 +211,12 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     ):
         model = make_model(told["archive"], program, job.settings.seed)
         return train(
+            job,
             program,
             model,
             told["specs"],
             spool,
             communicator,
-            job.settings,
             report if told["report"] else None,
             told["save"],
         )

@@ -68,6 +68,8 @@ class TrainJob:
         Cores of one executor; 0 where not known.
     program : bytes
         A pickled `Program`.
+    result_limit : int or None
+        Bytes that a job's result may have, where the trained model is part of it; None for any number.
     archive : object
         A compiled model as the bytes of a ``.keras`` archive, or something with a ``.value`` that gives them (a
         broadcast variable); None where the program's function makes the model.
@@ -84,6 +86,7 @@ class TrainJob:
     threads: int
     executor_cores: int
     program: bytes = field(repr=False)
+    result_limit: int | None = None
     archive: Any = field(repr=False, default=None)
 
     def archive_bytes(self) -> bytes | None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparktf.cluster.connect import StartWatch, check_message, remote_error, result_limit, watched_start
 from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
 from sparktf.cluster.job import TrainJob
-from sparktf.cluster.node import MODEL, REPORT, RESULT_SCHEMA, train_task
+from sparktf.cluster.node import MODEL, REFUSED, REPORT, RESULT_SCHEMA, train_task
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.fit import FitSettings
-from sparktf.errors import ClusterError, NodeError, SparktfError, own_error
+from sparktf.errors import ClusterError, DataError, NodeError, SlotsError, SparktfError, own_error
 
 _LOG = logging.getLogger("sparktf.cluster")
 
@@ -28,6 +29,9 @@ _LOG = logging.getLogger("sparktf.cluster")
 _CANCEL_SECONDS = 5.0
 # Spark may notice a dead task before the control connection's end has been read.
 _LAST_WORDS_SECONDS = 2.0
+
+# Spark's error for a barrier stage that is larger than the cluster.
+_NO_SLOTS = "SPARK-24819"
 
 Progress = Callable[[int, dict[str, Any]], None]
 
@@ -104,17 +108,21 @@ def run_training(
         threads=threads,
         executor_cores=0 if is_connect(spark) else _executor_cores(spark),
         program=program,
+        result_limit=result_limit(spark),
         archive=archive,
     )
     path = os.path.join(directory, "trained.keras")
     tag = f"sparktf-{job.job_id}"
     with contextlib.ExitStack() as stack:
-        server = None
-        if not is_connect(spark):
+        server = watch = None
+        if is_connect(spark):
+            check_message(len(program) + len(archive if isinstance(archive, bytes) else b""))
+            watch = stack.enter_context(watched_start(spark, tag, world_size, timeout))
+        else:
             server = stack.enter_context(_control_server(spark, job, path, on_progress, tag))
             job = replace(job, control=ControlAddress(_driver_host(spark), server.port))
         stack.enter_context(_tagged(spark, tag))
-        rows = _collect(feed, job, server)
+        rows = _collect(feed, job, server, watch)
         return _result(rows, job, path, server)
 
 
@@ -166,7 +174,7 @@ def _cancel(spark: Any, tag: str) -> None:
         spark.sparkContext.cancelJobsWithTag(tag)
 
 
-def _collect(feed: Any, job: TrainJob, server: ControlServer | None) -> list[Any]:
+def _collect(feed: Any, job: TrainJob, server: ControlServer | None, watch: StartWatch | None) -> list[Any]:
     task = functools.partial(train_task, job=job)
     try:
         return list(feed.mapInArrow(task, RESULT_SCHEMA, barrier=True).collect())
@@ -174,12 +182,19 @@ def _collect(feed: Any, job: TrainJob, server: ControlServer | None) -> list[Any
         raise
     except Exception as error:
         failure = server.failure(_LAST_WORDS_SECONDS) if server is not None else None
-        raise _node_error(failure, error) from error
+        given_up = watch.error() if watch is not None else None
+        raise given_up or (_job_error(error) if failure is None else _node_error(failure)) from error
 
 
-def _node_error(failure: NodeFailure | None, error: Exception | None) -> Exception:
-    if failure is None:
-        return NodeError(f"The training job failed on the cluster:\n{error}")
+def _job_error(error: Exception) -> Exception:
+    """Return what Spark itself says of a failed job, where no node could tell the driver."""
+    text = str(error)
+    if _NO_SLOTS in text:
+        return SlotsError(f"The cluster has fewer task slots than numWorkers needs. In Spark's words:\n{text}")
+    return remote_error(text) or NodeError(f"The training job failed on the cluster:\n{text}")
+
+
+def _node_error(failure: NodeFailure) -> Exception:
     if not failure.kind:
         return NodeError(
             f"Rank {failure.rank} was lost: {failure.message}. The log of its executor may say more.",
@@ -201,11 +216,13 @@ def _node_error(failure: NodeFailure | None, error: Exception | None) -> Excepti
 def _result(rows: list[Any], job: TrainJob, path: str, server: ControlServer | None) -> TrainingResult:
     import json
 
+    if refused := [bytes(row["payload"]).decode() for row in rows if row["name"] == REFUSED]:
+        raise DataError(refused[0])
     reports = {row["rank"]: json.loads(bytes(row["payload"])) for row in rows if row["name"] == REPORT}
     missing = sorted(set(range(job.world_size)) - set(reports))
     if missing and server is not None and (failure := server.failure()) is not None:
         # Living ranks lost each other: each has told so, and none of their tasks failed.
-        raise _node_error(failure, None)
+        raise _node_error(failure)
     if missing:
         raise ClusterError(f"Expected a report from {job.world_size} ranks, received none from {missing}.")
     parts = sorted((row for row in rows if row["name"] == MODEL), key=lambda row: int(row["part"]))

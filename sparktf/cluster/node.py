@@ -9,15 +9,17 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from pyspark import cloudpickle
 
 from sparktf.cluster.child import train_in_child
+from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
-from sparktf.cluster.spooling import spool_partition
+from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import start_tensorflow, threads_for
 from sparktf.cluster.training import make_model, train
 from sparktf.distribute.custom_objects import registered
@@ -27,7 +29,7 @@ from sparktf.transport import Communicator, connect
 _LOG = logging.getLogger("sparktf.cluster")
 
 RESULT_SCHEMA = "rank int, name string, part int, payload binary"
-REPORT, MODEL = "report", "model"
+REPORT, MODEL, REFUSED = "report", "model", "refused"
 
 # Ranks that spool meet this often, in seconds.
 _MEET_SECONDS = 10.0
@@ -86,6 +88,9 @@ def run_node(
         Of `RESULT_SCHEMA`: a report from every rank, and the model from the chief where the driver could not be told.
     """
     control = ControlClient.connect(job.control, job.secret, job.job_id, rank)
+    if control.connected:
+        # The model goes to the driver as a file.
+        job = replace(job, result_limit=None)
     try:
         results = _run(batches, job, rank, exchange, addresses, control)
     except PeerLostError as error:
@@ -131,7 +136,11 @@ def _run(
     with _connect(job, rank, meet, host) as communicator:
         check_versions(dict(job.versions), peers)
         threads = threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank]))
-        return _train(batches, job, communicator, control, host, threads)
+        try:
+            return _train(batches, job, communicator, control, host, threads)
+        except RefusedRows as error:
+            # All ranks know it, so none of them has to fail, and Spark nothing to add.
+            return [(REFUSED, 0, str(error).encode())]
 
 
 def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communicator:
@@ -167,11 +176,11 @@ def _train(
             fits = threads == available
             all_fit = all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD))
             if all_fit:
-                told = train(program, model, specs, spool, communicator, job.settings, report, chief)
+                told = train(job, program, model, specs, spool, communicator, report, chief)
             elif fits:
                 # Children make a group of their own, met through the parents'; this rank joins it as it is.
                 with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
-                    told = train(program, model, specs, spool, group, job.settings, report, chief)
+                    told = train(job, program, model, specs, spool, group, report, chief)
             else:
                 told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
         told |= {
@@ -181,7 +190,7 @@ def _train(
             "feed_seconds": fed - made,
         }
     saved = told.pop("saved")
-    return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, control) if chief else [])]
+    return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if chief else [])]
 
 
 def _reason(job: TrainJob, communicator: Communicator) -> str:
@@ -192,11 +201,12 @@ def _reason(job: TrainJob, communicator: Communicator) -> str:
     return "chosen by protocol='auto': it works between any two machines"
 
 
-def _deliver(path: str, control: ControlClient) -> list[Result]:
+def _deliver(path: str, job: TrainJob, control: ControlClient) -> list[Result]:
     """Send the trained model to the driver and remove it; return it as result rows where it cannot be sent."""
     try:
         if control.connected and control.send_model(path):
             return []
+        check_returnable(os.path.getsize(path), job.result_limit)
         parts: list[Result] = []
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK_BYTES):

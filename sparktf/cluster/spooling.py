@@ -7,18 +7,23 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from sparktf.data.columns import ColumnSpec
+from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter
 from sparktf.distribute.fit import RankRows
 from sparktf.errors import DataError
 from sparktf.transport import Communicator
 
-_READING, _DONE = b"r", b"d"
+_READING = b""
+
+
+class RefusedRows(DataError):
+    """The DataFrame holds what a model cannot be trained on; raised by every rank alike, after it has read its rows."""
 
 
 def local_directory() -> str:
@@ -53,8 +58,10 @@ def spool_partition(
 
     Raises
     ------
+    RefusedRows
+        Columns hold nulls, NaN and the like: one line a column, with the totals over all ranks.
     DataError
-        A column holds what the model cannot be trained on.
+        A row of a wrong length, or a type that no tensor has; on the rank that met it.
     TransportError
         Another rank failed meanwhile.
     """
@@ -66,14 +73,23 @@ def spool_partition(
                 communicator.all_gather_bytes(_READING)
                 alive()
                 met = time.monotonic()
-        spool = writer.finish()
+        _check_everyones_rows(writer, specs, communicator, alive)
+        return writer.finish()
+
+
+def _check_everyones_rows(
+    writer: SpoolWriter, specs: Sequence[ColumnSpec], communicator: Communicator, alive: Callable[[], None]
+) -> None:
+    """Wait until every rank has read its partition, and add up what they counted."""
+    mine = json.dumps({name: asdict(faults) for name, faults in writer.faults().items()}).encode()
+    while not all(everyones := communicator.all_gather_bytes(mine)):
+        alive()
+    counted = [json.loads(part) for part in everyones]
+    totals = [(s, sum((Faults(**c[s.name]) for c in counted), Faults())) for s in specs]
     try:
-        while any(state != _DONE for state in communicator.all_gather_bytes(_DONE)):
-            alive()
-    except BaseException:
-        spool.close()
-        raise
-    return spool
+        raise_if_any(totals, "the DataFrame")
+    except DataError as error:
+        raise RefusedRows(str(error)) from None
 
 
 def split_rows(spool: Spool, validation: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -9,13 +10,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sparktf.cluster.job import Program
+from sparktf.cluster.connect import check_returnable
+from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.spooling import agree_on_rows, local_directory, split_rows
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
 from sparktf.data.tfdata import evaluation_dataset, training_dataset
 from sparktf.distribute.build import build_model
 from sparktf.distribute.fit import FitReport, FitSettings, Order, RankRows, fit_rank
+from sparktf.distribute.optimizer import find_optimizers
 from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
@@ -64,12 +67,12 @@ def load_model(archive: bytes) -> Any:
 
 
 def train(
+    job: TrainJob,
     program: Program,
     model: Any,
     specs: list[ColumnSpec],
     spool: Spool,
     communicator: Communicator,
-    settings: FitSettings,
     report: Callable[[dict[str, Any]], None] | None,
     save: bool,
 ) -> dict[str, Any]:
@@ -77,13 +80,13 @@ def train(
 
     Parameters
     ----------
+    job : TrainJob
     program : Program
     model : keras.Model
         Trained in place.
     specs : list of ColumnSpec
     spool : Spool
     communicator : Communicator
-    settings : FitSettings
     report : callable or None
         Receives progress.
     save : bool
@@ -94,7 +97,13 @@ def train(
     dict
         What there is to tell of the fit, JSON-able. Under ``"saved"`` the path of the trained model, a ``.keras`` file
         in a directory of its own that the caller removes; None where it was not saved.
+
+    Raises
+    ------
+    ClusterError
+        The model is larger than what can come back.
     """
+    settings = job.settings
     validation = next((s.name for s in specs if s.kind == "validation"), None)
     ours, held_out = split_rows(spool, validation)
     rows = agree_on_rows(spool, len(ours), len(held_out), communicator)
@@ -114,9 +123,18 @@ def train(
     if sum(rows.validation) > 0:
         held_out_batches = evaluation_dataset(spool, held_out, settings.batch_size, **arrangement)
     build_model(model, _first_batch(training, rows, settings))
+    check_returnable(state_bytes(model), job.result_limit)
     callbacks = program.callbacks
     fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report)
     return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
+
+
+def state_bytes(model: Any) -> int:
+    """Return the bytes of a built model's variables and its optimizers'."""
+    import tensorflow as tf
+
+    variables = [*model.variables, *(v for optimizer in find_optimizers(model) for v in optimizer.variables)]
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in {id(v): v for v in variables}.values())
 
 
 def _save(model: Any) -> str:

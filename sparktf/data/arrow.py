@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from sparktf.data.blocks import Block, Bytes, Dense, Vectors
 from sparktf.data.columns import STRING, ColumnSpec, is_permuted, resolve_shape
-from sparktf.data.faults import Faults
+from sparktf.data.faults import Faults, raise_if_any
 from sparktf.errors import DataError
 
 VECTOR_FIELDS = {"type", "size", "indices", "values"}
@@ -83,7 +83,7 @@ class ColumnReader:
         DataError
             The column holds nulls, NaN, negative weights or values outside the tensor's dtype.
         """
-        self.faults.raise_if_any(self.spec)
+        raise_if_any([(self.spec, self.faults)], "this worker's partition")
 
     def _nested(self, array: pa.Array) -> Block | None:
         rows, valid, nullable = len(array), None, self.spec.nullable

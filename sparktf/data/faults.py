@@ -1,12 +1,14 @@
 """Counting what a column may not hold, and saying so once, with totals.
 
 A null or a NaN is rarely alone: naming the first and stopping would make the user find them one run at a
-time. So a reader goes on counting over the whole partition and raises at its end.
+time. So a reader goes on counting over the whole partition, and all workers' counts can be added up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -16,14 +18,24 @@ from sparktf.errors import DataError
 
 @dataclass
 class Faults:
-    """Totals over one worker's partition of one column."""
+    """Totals of one column over some of its rows.
+
+    Parameters
+    ----------
+    rows : int
+        Rows that were read.
+    nulls, nans, negatives, unfit : int
+        Values of each kind.
+    places : tuple of int
+        Nulls and NaN by the column that was packed at each place of a row; empty where none were seen.
+    """
 
     rows: int = 0
     nulls: int = 0
     nans: int = 0
     negatives: int = 0
     unfit: int = 0
-    places: np.ndarray | None = None
+    places: tuple[int, ...] = ()
 
     @property
     def any(self) -> bool:
@@ -52,25 +64,34 @@ class Faults:
 
     def locate(self, places: np.ndarray, parts: int) -> None:
         """Count faults by their place in a row of packed columns."""
-        counts = np.bincount(places, minlength=parts)
-        self.places = counts if self.places is None else self.places + counts
+        self.places = _added(self.places, np.bincount(places, minlength=parts).tolist())
+
+    def __add__(self, other: Faults) -> Faults:
+        """Give the totals over both's rows."""
+        return Faults(
+            self.rows + other.rows,
+            self.nulls + other.nulls,
+            self.nans + other.nans,
+            self.negatives + other.negatives,
+            self.unfit + other.unfit,
+            _added(self.places, other.places),
+        )
 
     def _by_part(self, spec: ColumnSpec) -> str:
-        if self.places is None:
+        if not self.places:
             return ""
         named = [f"{n:,} in {part!r}" for n, part in zip(self.places, spec.parts, strict=True) if n]
         return f": {', '.join(named)}"
 
-    def raise_if_any(self, spec: ColumnSpec) -> None:
-        """Raise one DataError with every total.
+    def describe(self, spec: ColumnSpec, where: str) -> str:
+        """Say what a column holds and what it should.
 
-        Raises
-        ------
-        DataError
-            Anything has been counted.
+        Parameters
+        ----------
+        spec : ColumnSpec
+        where : str
+            What has been counted over: ``"the DataFrame"``.
         """
-        if not self.any:
-            return
         found = [
             f"{n:,} {what}"
             for n, what in (
@@ -81,10 +102,33 @@ class Faults:
             )
             if n
         ]
-        raise DataError(
-            f"column {spec.source!r} ({spec.kind}) holds {' and '.join(found)} in {self.rows:,} rows (this "
-            f"worker's partition){self._by_part(spec)}. Expected: {_expected(self, spec)}"
+        return (
+            f"column {spec.source!r} ({spec.kind}) holds {' and '.join(found)} in the {self.rows:,} rows of "
+            f"{where}{self._by_part(spec)}. Expected: {_expected(self, spec)}"
         )
+
+
+def raise_if_any(found: Iterable[tuple[ColumnSpec, Faults]], where: str) -> None:
+    """Raise one error with every total, a line for each column that has any.
+
+    Parameters
+    ----------
+    found : iterable of (ColumnSpec, Faults)
+    where : str
+        What has been counted over: ``"the DataFrame"``.
+
+    Raises
+    ------
+    DataError
+        Anything has been counted.
+    """
+    lines = [faults.describe(spec, where) for spec, faults in found if faults.any]
+    if lines:
+        raise DataError("\n".join(lines))
+
+
+def _added(one: Iterable[int], other: Iterable[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0))
 
 
 def count_unfit(values: np.ndarray, dtype: np.dtype, *, nan_counted: bool) -> int:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from sparktf.data.arrow import ColumnReader
 from sparktf.data.columns import ColumnSpec
+from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.storage import ColumnWriter, open_storage
 from sparktf.errors import DataError, ParamError
 
@@ -92,6 +93,10 @@ class SpoolWriter:
         self.rows += rows
         return rows
 
+    def faults(self) -> dict[str, Faults]:
+        """Give what has been counted so far, by column."""
+        return {name: reader.faults for name, reader in self._readers.items()}
+
     def finish(self) -> Spool:
         """Check the totals and map the files.
 
@@ -107,7 +112,7 @@ class SpoolWriter:
             with the totals.
         """
         with self:
-            self._check()
+            raise_if_any(((r.spec, r.faults) for r in self._readers.values()), "this worker's partition")
             columns: list[dict[str, Any]] = []
             descriptors: list[int] = []
             for name, writer in self._writers.items():
@@ -117,16 +122,6 @@ class SpoolWriter:
                 descriptors.extend(files.values())
             description = {"rows": self.rows, "id_column": self._id, "columns": columns}
             return Spool.from_fds(description, descriptors)
-
-    def _check(self) -> None:
-        errors = []
-        for reader in self._readers.values():
-            try:
-                reader.check()
-            except DataError as exc:
-                errors.append(str(exc))
-        if errors:
-            raise DataError("\n".join(errors))
 
     def close(self) -> None:
         """Drop what has been written and not been finished."""

@@ -56,17 +56,15 @@ class ModelArchive:
     def from_model(cls, model: keras.Model) -> Self:
         """Save a Keras model, compiled state and optimizer variables included; the model is not changed.
 
+        A model that was never built (a Sequential without Input) is saved as such, without weights.
+
         Raises
         ------
         PersistenceError
             Keras cannot save this model.
         """
-        if not model.built:
-            raise PersistenceError(
-                f"model {model.name!r} has no weights yet. Expected a built model: give it an Input layer, "
-                "or call it once on data"
-            )
-        with _private_directory() as directory:
+        with _private_directory() as directory, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are saving a model that has not yet been built")
             path = os.path.join(directory, "model.keras")
             try:
                 model.save(path)
@@ -213,7 +211,9 @@ def _advice(exc: Exception) -> str:
     if "Lambda" in text or "safe_mode" in text:
         return (
             "the file holds Python code (a Lambda layer), which is not run unless asked for. If you trust "
-            "where the file comes from, load it with safe_mode=False"
+            "where the file comes from, load it with safe_mode=False (TFModel.load, TFEstimator.load, "
+            "TFModel.fromKeras); where it is loaded as a part of a Pipeline or of a tuned model, call "
+            "keras.config.enable_unsafe_deserialization() before"
         )
     return text.splitlines()[0] if text else type(exc).__name__
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pyspark import Broadcast, keyword_only
 from pyspark.ml import Estimator
 
+from sparktf.cluster.connect import check_returnable, result_limit
 from sparktf.cluster.job import Program
 from sparktf.cluster.launch import TrainingResult, run_training, temporary_directory
-from sparktf.cluster.preflight import check_cluster, installed_versions
+from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.checks import loss_reduction
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.distribute.fit import FitSettings
@@ -40,7 +41,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
     Parameters
     ----------
     model : keras.Model
-        Compiled. It is read, never changed; its weights and its optimizer's state are where training starts.
+        Compiled. It is read, never changed; its weights and its optimizer's state are where training starts. One that
+        was never built (a Sequential without Input) is built on the nodes, from the shapes of the columns.
     modelFn : callable
         In place of `model`: a function of no arguments that returns a compiled model, called on every node.
     featuresCol, inputCols, inputMapping
@@ -169,6 +171,9 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
             yield None
             return
         with contextlib.closing(ModelArchive.from_model(self.getModel())) as archive:
+            if is_connect(spark):
+                # What is trained is at least as large as what goes out.
+                check_returnable(archive.size, result_limit(spark))
             payload = payload_for(archive, spark)
         try:
             yield payload

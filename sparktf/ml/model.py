@@ -144,6 +144,11 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         import keras
 
         if isinstance(model_or_path, keras.Model):
+            if not model_or_path.built:
+                raise PersistenceError(
+                    f"model {model_or_path.name!r} has no weights yet. Expected a built model: give it an Input layer, "
+                    "or call it once on data"
+                )
             archive = ModelArchive.from_model(model_or_path)
             model = model_or_path
         elif isinstance(model_or_path, str | os.PathLike):

@@ -145,7 +145,11 @@ class _Reader(MLReader[Any]):
         self._safe_mode = True
 
     def safeMode(self, value: bool) -> Self:
-        """Set whether a model that holds Python code (Lambda layers) is refused; True unless set."""
+        """Set whether a model that holds Python code (Lambda layers) is refused; True unless set.
+
+        Keras's own switch for a process, ``keras.config.enable_unsafe_deserialization()``, is honoured besides: the
+        readers of Pipelines and tuned models make a reader of their own for each stage.
+        """
         self._safe_mode = value
         return self
 

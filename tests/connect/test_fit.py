@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.feature import VectorAssembler
 
-from sparktf.errors import DataError, NodeError
+from sparktf.cluster.connect import MESSAGE_BYTES
+from sparktf.errors import ClusterError, DataError, NodeError, ParamError, SlotsError
 from sparktf.ml import TFEstimator, TFModel
 
 
@@ -69,6 +71,12 @@ def test_bad_columns_are_named_before_the_job(rows: Any) -> None:
         _estimator(featuresCol="nope").fit(rows)
 
 
+def test_nulls_are_counted_over_all_workers(rows: Any) -> None:
+    spoiled = rows.selectExpr("if(held_out, null, a) as a", "b", "c", "label")
+    with pytest.raises(DataError, match="30 nulls in the 120 rows of the DataFrame: 30 in 'a'"):
+        _estimator(inputCols=["a", "b", "c"], numWorkers=2).fit(spoiled)
+
+
 class _Boom(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         raise RuntimeError("kaboom in a callback")
@@ -79,6 +87,63 @@ def test_a_nodes_own_error_reaches_the_client(rows: Any) -> None:
         _estimator(inputCols=["a", "b", "c"], callbacks=[_Boom()], numWorkers=2).fit(rows)
 
 
-def test_too_many_workers_fail_with_sparks_own_words_within_bounds(rows: Any) -> None:
-    with pytest.raises(NodeError, match="slots"):
+def test_too_many_workers_fail_with_sparks_own_words(rows: Any) -> None:
+    with pytest.raises(SlotsError, match=r"In Spark's words:\n.*slots"):
         _estimator(inputCols=["a", "b", "c"], numWorkers=9).fit(rows)
+
+
+def test_too_many_workers_fail_within_the_timeout(spark: Any, rows: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(SlotsError, match=r"9 free task slots.*no node has started within timeout=2 s"):
+        _estimator(inputCols=["a", "b", "c"], numWorkers=9, timeout=2.0).fit(rows)
+    assert time.monotonic() - started < 7.0, "Spark's own check takes eight seconds here"
+
+
+def test_nodes_that_train_for_longer_than_the_timeout_are_left_alone(rows: Any) -> None:
+    slow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(2.5))
+    fitted = _estimator(inputCols=["a", "b", "c"], numWorkers=2, timeout=4.0, callbacks=[slow]).fit(rows)
+    assert len(fitted.summary.history) == 3
+
+
+def _wide(units: int) -> keras.Model:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(), "mse")
+    return model
+
+
+def test_a_model_that_cannot_come_back_is_refused_before_it_goes_out(rows: Any) -> None:
+    # 40 MB of weights.
+    with pytest.raises(ClusterError, match=r"33,554,432 bytes, which is spark\.driver\.maxResultSize"):
+        _estimator(model=_wide(2_000_000), inputCols=["a", "b", "c"]).fit(rows)
+
+
+def test_a_model_whose_optimizer_makes_it_too_large_is_refused_before_it_trains(rows: Any) -> None:
+    def boom(epoch: int, logs: Any) -> None:
+        raise AssertionError("training began")
+
+    # 14 MB of weights, and twice that of Adam's moments once it is built.
+    late = keras.callbacks.LambdaCallback(on_epoch_begin=boom)
+    with pytest.raises(ClusterError, match=r"received one of 42,\d+,\d+ bytes"):
+        _estimator(model=_wide(700_000), inputCols=["a", "b", "c"], callbacks=[late]).fit(rows)
+
+
+def test_a_model_just_small_enough_comes_back(rows: Any) -> None:
+    fitted = _estimator(model=_wide(500_000), inputCols=["a", "b", "c"], epochs=1).fit(rows)
+    assert fitted.model.count_params() == 2_500_001
+
+
+def test_what_is_too_large_for_a_message_is_refused_at_once(rows: Any) -> None:
+    ballast = bytes(MESSAGE_BYTES)
+
+    def model_fn() -> keras.Model:
+        assert ballast
+        return _wide(1)
+
+    with pytest.raises(ParamError, match="takes no message over 128 MiB"):
+        _estimator(model=None, modelFn=model_fn, inputCols=["a", "b", "c"]).fit(rows)
+
+
+def test_a_row_of_a_wrong_length_is_told_as_on_a_classic_session(rows: Any) -> None:
+    odd = rows.selectExpr("if(held_out, array(a), array(a, b, c)) as features", "label")
+    with pytest.raises(DataError, match=r"^column 'features': row .* holds 1 values\. Expected: 3 values"):
+        _estimator(numWorkers=2).fit(odd)

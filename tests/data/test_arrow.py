@@ -112,7 +112,7 @@ def test_nulls_and_nan_are_counted_over_all_batches_and_raised_once():
     reader.read(pa.array([[1, 2], [float("nan"), 1]], kind))
     reader.read(pa.array([None, [1, None], [float("nan"), float("nan")]], kind))
     reader.read(pa.array([[float("inf"), float("-inf")]], kind))
-    with pytest.raises(DataError, match=r"'user_x' \(feature\) holds 2 nulls and 3 NaN in 6 rows"):
+    with pytest.raises(DataError, match=r"'user_x' \(feature\) holds 2 nulls and 3 NaN in the 6 rows"):
         reader.check()
 
 
@@ -141,7 +141,7 @@ def test_infinities_are_values():
 
 def test_negative_weights_are_counted_and_zero_is_a_weight():
     read(pa.array([0, 1]), spec(kind="weight"))
-    with pytest.raises(DataError, match=r"weight\) holds 2 negative values in 3 rows"):
+    with pytest.raises(DataError, match=r"weight\) holds 2 negative values in the 3 rows"):
         read(pa.array([-1, 1, -2]), spec(kind="weight"))
 
 
@@ -238,5 +238,5 @@ def test_faults_of_packed_columns_are_told_by_column() -> None:
     rows = [[1.0, None, 3.0], [1.0, 2.0, float("nan")], [1.0, None, 3.0]]
     reader.read(pa.array(rows, pa.list_(pa.float32())))
     reader.read(pa.array([[None, 2.0, 3.0]], pa.list_(pa.float32())))
-    with pytest.raises(DataError, match=r"3 nulls and 1 NaN in 4 rows.*: 1 in 'a', 2 in 'b', 1 in 'c'"):
+    with pytest.raises(DataError, match=r"3 nulls and 1 NaN in the 4 rows.*: 1 in 'a', 2 in 'b', 1 in 'c'"):
         reader.check()

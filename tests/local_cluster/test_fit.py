@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from failing import Break
 
-from sparktf.errors import NodeError, SlotsError, TransportError, TransportTimeoutError
+from sparktf.errors import DataError, NodeError, SlotsError, TransportError, TransportTimeoutError
 from sparktf.ml import TFEstimator
 
 PROMISED_SECONDS = 10.0
@@ -63,6 +63,13 @@ def test_an_exception_on_one_rank_reaches_the_driver_and_the_session_fits_again(
     assert "failing.py" in caught.value.remote_traceback
     assert _executors(spark) == before
     assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
+
+
+def test_nulls_in_one_partition_are_an_error_that_no_executor_pays_for(spark: Any, rows: Any) -> None:
+    before = _executors(spark)
+    with pytest.raises(DataError, match=r"'label' \(label\) holds 1 null in the 301 rows of the DataFrame"):
+        _estimator().fit(rows.selectExpr("features", "if(monotonically_increasing_id() = 7, null, label) as label"))
+    assert _executors(spark) == before
 
 
 def test_a_killed_node_is_named_in_time_and_the_session_fits_again(spark: Any, rows: Any, no_leftovers: Any) -> None:

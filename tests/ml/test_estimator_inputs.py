@@ -285,6 +285,18 @@ def test_what_only_the_rows_show_is_an_error_that_names_column_and_count(case: s
         assert word in str(caught.value)
 
 
+def test_nulls_and_nan_are_counted_over_all_workers_and_columns(frame: DataFrame, no_leftovers: Any) -> None:
+    spoiled = frame.withColumn("d", F.expr("if(id % 4 = 0, null, d)")).withColumn(
+        "y", F.expr("if(id % 5 = 0, double('NaN'), y)")
+    )
+    with pytest.raises(DataError) as caught:
+        estimator(regression(), inputCols=["f", "d", "i"], labelCol="y", numWorkers=3).fit(spoiled)
+    features, labels = str(caught.value).splitlines()
+    assert f"holds 6 nulls in the {ROWS} rows of the DataFrame: 6 in 'd'" in features
+    assert f"column 'y' (label) holds 5 NaN in the {ROWS} rows of the DataFrame" in labels
+    assert estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=3).fit(frame).summary.rows == ROWS
+
+
 def test_a_dataframe_without_rows_is_an_error(frame: DataFrame) -> None:
     with pytest.raises(DataError, match="Expected rows to train on"):
         estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=1).fit(frame.where("id < 0"))

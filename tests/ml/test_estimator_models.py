@@ -48,6 +48,27 @@ def estimator(**params: Any) -> TFEstimator:
     return TFEstimator(**{"batchSize": 8, "verbose": 0, "timeout": 60.0, **params})
 
 
+def test_a_model_that_was_never_built_is_built_from_the_rows(frame: DataFrame, tmp_path: Path) -> None:
+    layers = [keras.layers.Dense(8, "relu"), keras.layers.BatchNormalization(), keras.layers.Dense(1, "sigmoid")]
+    model = keras.Sequential(layers)
+    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+    # Three rows on four ranks: one of them knows the number of features from the others alone.
+    few = frame.limit(3)
+    first, again = (estimator(model=model, numWorkers=4, seed=5).fit(few) for _ in range(2))
+    assert not model.built
+    assert not model.weights
+    assert first.model.input_shape == (None, 4)
+    for one, two in zip(first.model.get_weights(), again.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    scored = first.transform(few).select("prediction", "probability").collect()
+    assert {row.prediction for row in scored} <= {0.0, 1.0}
+
+    path = str(tmp_path / "unbuilt")
+    estimator(model=model, inputCols=["a", "b"], seed=5).save(path)
+    pairs = frame.selectExpr("features[0] as a", "features[1] as b", "label")
+    assert TFEstimator.load(path).fit(pairs).model.input_shape == (None, 2)
+
+
 def test_one_seed_makes_bit_identical_fits_and_leaves_the_given_model_alone(frame: DataFrame) -> None:
     model = classifier(keras.layers.Dense(8), keras.layers.Dropout(0.4), metrics=["accuracy", keras.metrics.AUC()])
     before, state = model.get_weights(), [v.numpy() for v in model.optimizer.variables]

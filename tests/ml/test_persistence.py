@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from keras import layers
+from keras.src.backend.common import global_state
 from pyspark.ml import Estimator, Pipeline, PipelineModel
 from pyspark.ml.classification import LogisticRegression
-from pyspark.ml.evaluation import MulticlassClassificationEvaluator
+from pyspark.ml.evaluation import MulticlassClassificationEvaluator, RegressionEvaluator
 from pyspark.ml.feature import VectorAssembler
 from pyspark.ml.tuning import CrossValidator, CrossValidatorModel, ParamGridBuilder
 
@@ -172,6 +174,33 @@ def test_code_in_a_file_is_refused_until_it_is_trusted(frame: Any, tmp_path: Pat
         TFModel.load(str(tmp_path / "m"))
     trusted = TFModel.load(str(tmp_path / "m"), safe_mode=False)
     assert predictions(trusted, frame) == predictions(model, frame)
+
+
+@pytest.fixture
+def keras_switch() -> Iterator[None]:
+    """Put Keras's switch for unsafe files back, for which it has no function."""
+    yield
+    global_state.set_global_attribute("safe_mode_saving", None)
+
+
+@pytest.mark.usefixtures("keras_switch")
+def test_code_in_a_saved_pipeline_is_refused_until_keras_is_told_to_trust_it(frame: Any, tmp_path: Path) -> None:
+    x = keras.Input((2,))
+    network = keras.Model(x, layers.Lambda(lambda v: v[:, :1] * 2.0)(x))
+    network.compile("sgd", "mse")
+    model = TFModel.fromKeras(network, inputCols=["a", "b"])
+    tuned = CrossValidatorModel(PipelineModel([model]), avgMetrics=[1.0])
+    tuned._set(estimator=Trainer(), evaluator=RegressionEvaluator(), estimatorParamMaps=[{}])
+    saved: list[tuple[Any, Any]] = [(PipelineModel, PipelineModel([model])), (CrossValidatorModel, tuned)]
+    for kind, stage in saved:
+        path = str(tmp_path / kind.__name__)
+        stage.save(path)
+        with pytest.raises(PersistenceError, match=r"keras\.config\.enable_unsafe_deserialization\(\) before"):
+            kind.load(path)
+    keras.config.enable_unsafe_deserialization()
+    for kind, _ in saved:
+        loaded = kind.load(str(tmp_path / kind.__name__))
+        assert predictions(loaded, frame) == predictions(model, frame)
 
 
 @keras.saving.register_keras_serializable("persistence")
