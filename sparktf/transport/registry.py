@@ -19,6 +19,7 @@ _LONGEST_TIMEOUT = 7 * 24 * 3600.0
 
 _PROTOCOLS = {
     "tcp": "sparktf.transport.tcp:connect",
+    "shm": "sparktf.transport.shm:connect",
 }
 
 

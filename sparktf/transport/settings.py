@@ -13,6 +13,8 @@ class Settings:
 
     Attributes
     ----------
+    host_id : str or None
+        What is equal for ranks that may share memory; None: the machine's boot id. Ranks of equal identity are tried.
     rdma_device : str or None
         The RDMA device's name, as ``ibv_devices`` lists it; None: the first one with an active port.
     rdma_port : int
@@ -21,6 +23,7 @@ class Settings:
         The entry of the port's GID table; None: a RoCE v2 one where there is one.
     """
 
+    host_id: str | None = None
     rdma_device: str | None = None
     rdma_port: int = 1
     rdma_gid_index: int | None = None

@@ -8,7 +8,7 @@ from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
 from sparktf.transport.settings import Settings
 
 # Up to here a thread costs more than it overlaps, and the kernel's smallest buffers hold it.
-_INLINE_BYTES = 64 * 1024
+INLINE_BYTES = 64 * 1024
 
 
 def connect(
@@ -43,7 +43,7 @@ class TcpCommunicator(CollectiveCommunicator):
 
     def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float) -> None:
         super().__init__(rank, size, timeout)
-        self._outbox = Outbox(_INLINE_BYTES, self._on_send_error)
+        self._outbox = Outbox(INLINE_BYTES, self._on_send_error)
         channels = {peer: Channel(sock, peer, timeout, self._ask, self._outbox) for peer, sock in mesh.data.items()}
         self._begin(channels, mesh.control)
 

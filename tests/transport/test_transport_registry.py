@@ -11,7 +11,7 @@ def connect(protocol="tcp", **changes):
     return transport.connect(protocol, **arguments)
 
 
-@pytest.mark.parametrize("name", ["shm", "rdma", "carrier pigeon"])
+@pytest.mark.parametrize("name", ["rdma", "carrier pigeon"])
 def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones(name):
     with pytest.raises(ProtocolError, match=rf"'auto', 'tcp'.*{name}"):
         connect(name)
