@@ -61,6 +61,7 @@ def connect_mesh(
     timeout: float,
     host: str | None,
     *,
+    protocol: str = "",
     back: bool = False,
 ) -> Mesh:
     """Connect this rank with all others.
@@ -77,6 +78,8 @@ def connect_mesh(
         Seconds that all connections together may take, counted from the end of the exchange.
     host : str or None
         The address to listen on and to advertise; None takes that of this machine's name.
+    protocol : str
+        What was asked for; ranks that ask for another are refused.
     back : bool
         Whether to make the third connection, the same on every rank.
 
@@ -91,7 +94,7 @@ def connect_mesh(
     """
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(host if host is not None else default_host(), size))
-        book, job = _exchange_addresses(rank, size, exchange, listener)
+        book, job = _exchange_addresses(rank, size, exchange, listener, protocol)
         group = Group(rank, size, job, secret, time.monotonic() + timeout)
         mesh = Mesh()
         undo = stack.enter_context(ExitStack())
@@ -135,12 +138,12 @@ def _listen(host: str, size: int) -> socket.socket:
 
 
 def _exchange_addresses(
-    rank: int, size: int, exchange: Exchange, listener: socket.socket
+    rank: int, size: int, exchange: Exchange, listener: socket.socket, protocol: str
 ) -> tuple[list[tuple[str, int]], str]:
     """Return every rank's address, and a name for this group that only its members derive."""
     host, port = listener.getsockname()[:2]
     # The token makes two groups different even where addresses, ports and the secret are the same.
-    own = {"rank": rank, "size": size, "host": host, "port": port, "token": secrets.token_hex(16)}
+    own = {"rank": rank, "size": size, "host": host, "port": port, "token": secrets.token_hex(16), "protocol": protocol}
     packed = json.dumps(own).encode()
     entries = exchange(packed)
     if len(entries) != size:
@@ -162,6 +165,11 @@ def _exchange_addresses(
             raise HandshakeError(
                 f"Expected entry {peer} of the exchange to be of rank {peer} in a world of {size}. "
                 f"Received: rank {found[0]} in a world of {found[1]}."
+            )
+        if card.get("protocol") != protocol:
+            raise HandshakeError(
+                f"Expected all ranks to ask for protocol {protocol!r}. "
+                f"Received: {card.get('protocol')!r} from rank {peer}."
             )
     return book, hashlib.sha256(b"\n".join(entries)).hexdigest()
 

@@ -40,7 +40,7 @@ def connect(
     ProtocolError
         The ranks are on several machines, or cannot open each other's memory.
     """
-    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, back=True)
+    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="shm", back=True)
     try:
         hosts = survey_hosts(mesh, rank, settings, timeout)
         if len(hosts.groups) > 1:

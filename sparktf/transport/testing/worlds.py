@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from sparktf.transport.contract import Communicator
 from sparktf.transport.registry import connect
+from sparktf.transport.settings import Settings
 
 SECRET = b"a secret of tests, 32 bytes long"
 # Every wait of a test ends, whatever is broken.
@@ -88,8 +89,9 @@ def run_threads(
     *,
     timeout: float = 20.0,
     secrets: list[bytes] | None = None,
+    settings: Sequence[Settings] | None = None,
 ) -> list[Any]:
-    """Run ``main(communicator)`` on every rank of a group of threads.
+    """Run ``main(communicator)`` on every rank of a group of threads; `secrets` and `settings` are by rank.
 
     Returns
     -------
@@ -110,6 +112,7 @@ def run_threads(
                 secret=secret,
                 timeout=timeout,
                 host="127.0.0.1",
+                settings=None if settings is None else settings[rank],
             ) as communicator:
                 outcomes[rank] = main(communicator)
         except BaseException as exc:
