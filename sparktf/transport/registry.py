@@ -21,6 +21,7 @@ _PROTOCOLS = {
     "auto": "sparktf.transport.auto:connect",
     "tcp": "sparktf.transport.tcp:connect",
     "shm": "sparktf.transport.shm:connect",
+    "rdma": "sparktf.transport.rdma:connect",
 }
 
 

@@ -53,7 +53,7 @@ def install_packages() -> None:
         return
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise SystemExit(f"The RDMA tests need Debian's packages {', '.join(missing)}: as root, run {' '.join(command)}")
+        raise SystemExit(f"The RDMA tests need packages of Debian: as root, run {' '.join(command)}")
     print(f"vm: installing {', '.join(missing)}", file=sys.stderr)
     if not _apt(command):
         # The list of packages may be missing or old.
@@ -90,7 +90,9 @@ def build_image() -> Image:
 def _installed(package: str) -> bool:
     if shutil.which("dpkg-query") is None:
         return False
-    asked = subprocess.run(["dpkg-query", "-W", "-f", "${Status}", package], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Status}", package], capture_output=True, text=True, check=False
+    )
     return asked.stdout.endswith(" installed")
 
 
