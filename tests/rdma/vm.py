@@ -23,8 +23,8 @@ from pathlib import Path
 from vm_image import HERE, Image, build_image, install_packages, pyverbs_directory
 
 TIMED_OUT, NOT_BOOTED = 124, 125
-# The guest computes some twenty times slower; see `sparktf.transport.testing.worlds`.
-_SLOWNESS = "8"
+# What two processors without hardware's help need; see `sparktf.transport.testing.worlds`.
+_SLOWNESS = "4"
 _KEPT = ("PATH", "HOME", "LANG", "JAVA_HOME", "JAVA_TOOL_OPTIONS")
 
 
