@@ -26,7 +26,7 @@ from pyspark.ml.param.shared import (
 from sparktf.ml import converters as to
 from sparktf.transport import protocols
 
-_PLANNED_PROTOCOLS = {"grpc": "TensorFlow's collectives", "rdma": "RDMA", "grpc_rdma": "RDMA"}
+_PLANNED_PROTOCOLS = {"grpc": "TensorFlow's collectives"}
 
 
 def _param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
@@ -201,6 +201,7 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
             "protocol",
             protocols(),
             {name: meaning for name, meaning in _PLANNED_PROTOCOLS.items() if name not in protocols()},
+            {"grpc_rdma": "rdma"},
         ),
     )
     compression = _param(

@@ -77,7 +77,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         left, right = self._links[(self.rank - 1) % self.size], self._links[(self.rank + 1) % self.size]
         self._ring = ring.Ring(left, right, self.rank, self.size, self.chunk_bytes, self.stats)
         # Last, as it may at once hear of a failure and wake what is above.
-        self._watch = Watch(controls, self._on_failure, lambda: self._current)
+        self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current)
 
     def all_reduce(self, array: Array, op: str = "sum") -> Array:
         """Reduce in place; see `Communicator`."""

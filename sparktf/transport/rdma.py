@@ -1,30 +1,26 @@
 """The ``rdma`` protocol: links over reliable RDMA connections, InfiniBand or RoCE.
 
-Ranks find each other over TCP (`sparktf.transport.mesh`); over the authenticated control connections they tell each
-other what RDMA needs to know, and later that they live. Tensors travel over RDMA alone, in clear text: use it on a
-fabric that is trusted. What a link does is told in `sparktf.transport.rdma_link`.
+Ranks find each other over TCP (`sparktf.transport.mesh`). Over its connections, once they are authenticated and never
+before, they tell each other what RDMA needs to know, and later that they live. Tensors travel over RDMA alone, in
+clear text: use it on a fabric that is trusted. What a link does is told in `sparktf.transport.rdma_link`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
-from socket import socket
 from typing import Any
 
-from sparktf.errors import HandshakeError, PeerLostError, ProtocolError, TransportError, TransportTimeoutError
+from sparktf.errors import HandshakeError, ProtocolError, TransportError
 from sparktf.transport.collectives import CollectiveCommunicator
 from sparktf.transport.contract import Array
-from sparktf.transport.framing import recv_frame, send_frame
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
 from sparktf.transport.rdma_device import Adapter, Region, check_locked_memory
 from sparktf.transport.rdma_link import SLOTS, RdmaLink
 from sparktf.transport.rdma_queue import Card, Completions
 from sparktf.transport.settings import Settings
+from sparktf.transport.survey import share
 
-_CARD = 1
-_CARD_LIMIT = 4096
 # Slots of links that are in no ring: they carry small arrays, and what is sent point to point.
 _FAR_SLOT_BYTES = 128 * 1024
 # Completions that a link can have outstanding: its send queue and its receive queue, and some to spare.
@@ -44,7 +40,7 @@ def connect(
     settings: Settings,
 ) -> RdmaCommunicator:
     """Join a group of at least two over RDMA; arguments as in `sparktf.transport.connect`."""
-    mesh = connect_mesh(rank, size, exchange, secret, timeout, host)
+    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="rdma")
     try:
         return RdmaCommunicator(rank, size, mesh, timeout, settings)
     except BaseException:
@@ -52,9 +48,18 @@ def connect(
         raise
 
 
-def check(settings: Settings) -> None:
-    """Raise `ProtocolError`, naming what is missing, where this machine cannot do RDMA as it is."""
-    Adapter(settings).close()
+def join(rank: int, size: int, mesh: Mesh, timeout: float, settings: Settings) -> RdmaCommunicator:
+    """Make a communicator of a connected mesh, which belongs to it from then on unless this raises."""
+    return RdmaCommunicator(rank, size, mesh, timeout, settings)
+
+
+def preflight(settings: Settings) -> str:
+    """Return what this machine lacks for RDMA, and how to get it; empty where nothing is missing."""
+    try:
+        Adapter(settings).close()
+    except ProtocolError as exc:
+        return str(exc)
+    return ""
 
 
 class RdmaCommunicator(CollectiveCommunicator):
@@ -87,25 +92,28 @@ class RdmaCommunicator(CollectiveCommunicator):
             try:
                 links = self._open_links(mesh, settings, undo)
             except TransportError as exc:
-                _tell(mesh.control, {peer: {"error": str(exc)} for peer in mesh.control}, deadline)
+                share(mesh, rank, {"trouble": str(exc)}, deadline)
                 raise
-            _tell(mesh.control, {peer: link.card.to_json() for peer, link in links.items()}, deadline)
-            for peer, fields in _hear(mesh.control, deadline).items():
-                links[peer].connect(Card.from_json(fields))
+            cards = {str(peer): link.card.to_json() for peer, link in links.items()}
+            told = share(mesh, rank, {"cards": cards}, deadline)
+            for peer, facts in enumerate(told):
+                if "trouble" in facts:
+                    raise ProtocolError(f"rank {peer} cannot use RDMA: {facts['trouble']}")
+            for peer, link in links.items():
+                link.connect(_read_card(told[peer], peer, rank))
             # Nobody may write before the other side's queue pair leads back.
-            _tell(mesh.control, {peer: {} for peer in links}, deadline)
-            _hear(mesh.control, deadline)
+            share(mesh, rank, {}, deadline)
             self._resources = undo.pop_all()
-        self._rdma_links = list(links.values())
-        for sock in mesh.data.values():
+        for sock in (*mesh.data.values(), *mesh.back.values()):
             sock.close()
+        self._rdma_links = links
         self._begin(links, mesh.control)
 
     def close(self) -> None:
         """Wait until what was sent is in the peers' memory, and leave; see `Communicator`."""
         with self._lock:
             if self._failure is None:
-                for link in self._rdma_links:
+                for link in self._rdma_links.values():
                     link.drain(_DRAIN_SECONDS)
             super().close()
 
@@ -137,6 +145,9 @@ class RdmaCommunicator(CollectiveCommunicator):
         self._regions.append(region)
         return region.array
 
+    def _on_left(self, peer: int) -> None:
+        self._rdma_links[peer].peer_left()
+
     def _free(self) -> None:
         self._watch.stop()
         self._resources.close()
@@ -144,23 +155,9 @@ class RdmaCommunicator(CollectiveCommunicator):
         self._buffers.clear()
 
 
-def _tell(controls: dict[int, socket], messages: dict[int, dict[str, Any]], deadline: float) -> None:
-    """Send every peer its message; the control connections are still this thread's."""
-    for peer, sock in controls.items():
-        send_frame(sock, _CARD, json.dumps(messages[peer]).encode(), max(0.0, deadline - time.monotonic()))
-
-
-def _hear(controls: dict[int, socket], deadline: float) -> dict[int, dict[str, Any]]:
-    """Return every peer's message; raise where one says that it cannot go on."""
-    heard = {}
-    for peer, sock in controls.items():
-        try:
-            _, payload = recv_frame(sock, max(0.0, deadline - time.monotonic()), _CARD_LIMIT)
-            heard[peer] = json.loads(payload)
-        except (PeerLostError, TransportTimeoutError) as exc:
-            raise type(exc)(f"connecting over rdma: rank {peer}: {exc}") from exc
-        except ValueError as exc:
-            raise HandshakeError(f"connecting over rdma: rank {peer} sent what is no message: {exc}") from exc
-        if "error" in heard[peer]:
-            raise ProtocolError(f"rank {peer} says: {heard[peer]['error']}")
-    return heard
+def _read_card(facts: dict[str, Any], peer: int, rank: int) -> Card:
+    cards = facts.get("cards")
+    fields = cards.get(str(rank)) if isinstance(cards, dict) else None
+    if not isinstance(fields, dict):
+        raise HandshakeError(f"Expected a card of rank {peer}'s queue pair. Received: {str(facts)[:200]}.")
+    return Card.from_json(fields)

@@ -11,7 +11,8 @@ import mmap
 import os
 import resource
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -150,7 +151,8 @@ class Adapter:
         self.verbs = load_verbs()
         with _OPENING:
             self.context, self.name, self.port = _open(self.verbs, settings)
-        self.domain = self.verbs.pd.PD(self.context)
+        with refusals(self.verbs, f"opening {self.name}"):
+            self.domain = self.verbs.pd.PD(self.context)
         self._registrations: list[Any] = []
 
     def allocate(self, nbytes: int, *, remote: bool) -> Region:
@@ -173,12 +175,8 @@ class Adapter:
         address = address_of(array)
         e = self.verbs.e
         access = e.IBV_ACCESS_LOCAL_WRITE | (e.IBV_ACCESS_REMOTE_WRITE if remote else 0)
-        try:
+        with refusals(self.verbs, f"registering {nbytes} bytes with {self.name}", _locked_memory()):
             registration = self.verbs.mr.MR(self.domain, nbytes, access, address)
-        except self.verbs.Error as exc:
-            raise TransportError(
-                f"Expected to register {nbytes} bytes with {self.name}. Received: {exc}. {_locked_memory()}"
-            ) from exc
         self._registrations.append(registration)
         return Region(array, address, registration)
 
@@ -188,6 +186,15 @@ class Adapter:
             registration.close()
         self.domain.close()
         self.context.close()
+
+
+@contextmanager
+def refusals(verbs: SimpleNamespace, doing: str, advice: str = "") -> Iterator[None]:
+    """Turn what pyverbs raises into our own error, which says what was being done."""
+    try:
+        yield
+    except verbs.Error as exc:
+        raise TransportError(f"{doing} failed: {exc}. {advice}".rstrip()) from exc
 
 
 def address_of(array: Array) -> int:

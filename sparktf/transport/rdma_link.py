@@ -38,6 +38,8 @@ SLOTS = 8
 _DEPTH = 4 * SLOTS
 # Pieces that share a fragment begin at multiples of this, so that `take` gives aligned memory.
 _ALIGN = 64
+# How long what a peer sent before its goodbye, which came over another way, may take to be seen.
+_AFTER_GOODBYE = 0.1
 # Registering costs nothing here, but a request of its own does: less than this is cheaper copied.
 _DIRECT_BYTES = 16 * 1024
 _CREDIT, _DATA, _OFFER, _PLACED = range(4)
@@ -113,6 +115,7 @@ class RdmaLink(Link):
         self._offers: deque[tuple[int, int]] = deque()
         self._events = 0
         self._broken = ""
+        self._left_at: float | None = None
 
     def connect(self, card: Card) -> None:
         """Lead the link to the peer that the card is of."""
@@ -186,6 +189,11 @@ class RdmaLink(Link):
     def shutdown(self) -> None:
         """Make every call raise `Gone`; see `Link`."""
         self._broken = self._broken or "the link was shut down"
+        self._completions.wake()
+
+    def peer_left(self) -> None:
+        """Hear that the peer has closed its communicator: it sends nothing more; called by any thread."""
+        self._left_at = time.monotonic()
         self._completions.wake()
 
     def drain(self, seconds: float) -> None:
@@ -319,12 +327,13 @@ class RdmaLink(Link):
 
     def _wait(self, ready: Callable[[], bool], doing: str) -> None:
         """Return when `ready` says so; raise `Gone` or `Silent` where it never will."""
-        seen, asked = -1, False
-        since = 0.0
+        seen, asked, since = -1, False, 0.0
         while not ready():
+            now = time.monotonic()
             if self._broken:
                 raise Gone(self.peer, self._broken)
-            now = time.monotonic()
+            if self._left_at is not None and now - self._left_at > _AFTER_GOODBYE:
+                raise Gone(self.peer, "it has left")
             if self._events != seen:
                 seen, since, asked = self._events, now, False
             quiet = now - since
@@ -333,7 +342,8 @@ class RdmaLink(Link):
             if quiet >= self._timeout / 2 and not asked:
                 asked = True
                 self._on_quiet()
-            self._completions.turn((self._timeout if asked else self._timeout / 2) - quiet)
+            wait = (self._timeout if asked else self._timeout / 2) - quiet
+            self._completions.turn(wait if self._left_at is None else _AFTER_GOODBYE)
 
 
 def _aligned(nbytes: int) -> int:

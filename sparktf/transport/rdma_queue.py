@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparktf.errors import HandshakeError, TransportError
-from sparktf.transport.rdma_device import Adapter, Region, open_channel
+from sparktf.transport.rdma_device import Adapter, Region, open_channel, refusals
 
 # An unanswered packet is sent again after 4.096 us * 2^18 = 1.1 s, six times: an error after 7.5 s. Losses are mostly
 # reported by the receiver, long before. Soft-RoCE under emulation resends needlessly at 2^14, and never gives up at 7.
@@ -80,7 +80,8 @@ class Completions:
     def __init__(self, adapter: Adapter, entries: int) -> None:
         self._owners: dict[int, Callable[[Any], None]] = {}
         self._channel, descriptor = open_channel(adapter)
-        self.queue = adapter.verbs.cq.CQ(adapter.context, entries, None, self._channel, 0)
+        with refusals(adapter.verbs, f"making a queue of {entries} completions"):
+            self.queue = adapter.verbs.cq.CQ(adapter.context, entries, None, self._channel, 0)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._descriptor = descriptor
         self._select = select.poll()
@@ -103,10 +104,12 @@ class Completions:
             if descriptor == self._descriptor:
                 self._channel.get_cq_event(self.queue)
                 self.queue.ack_events(1)
+            else:
+                os.eventfd_read(self._wake)
         self._give_out()
 
     def wake(self) -> None:
-        """Make this and every later `turn` come back at once; called by any thread."""
+        """Make `turn` come back, the next one where none waits; called by any thread."""
         with suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
@@ -144,6 +147,7 @@ class QueuePair:
 
     def __init__(self, adapter: Adapter, completions: Completions, depth: int, receives: int, scratch: Region) -> None:
         self._adapter = adapter
+        self._error = adapter.verbs.Error
         self._depth = depth
         self._posted = self._completed = self._signalled = 0
         self._longest = adapter.port.longest_request
@@ -151,12 +155,13 @@ class QueuePair:
         capacity = verbs.qp.QPCap(max_send_wr=depth, max_recv_wr=receives, max_send_sge=1, max_recv_sge=1)
         queue = completions.queue
         attributes = verbs.qp.QPInitAttr(qp_type=e.IBV_QPT_RC, scq=queue, rcq=queue, cap=capacity, sq_sig_all=0)
-        self._pair = verbs.qp.QP(adapter.domain, attributes)
-        self.number: int = self._pair.qp_num
-        self.psn = secrets.randbits(24)
         initial = verbs.qp.QPAttr(port_num=adapter.port.number)
         initial.qp_access_flags = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
-        self._pair.to_init(initial)
+        with refusals(verbs, f"making a queue pair on {adapter.name}"):
+            self._pair = verbs.qp.QP(adapter.domain, attributes)
+            self._pair.to_init(initial)
+        self.number: int = self._pair.qp_num
+        self.psn = secrets.randbits(24)
         self._prepare_requests(verbs, scratch)
         for _ in range(receives):
             self.receive()
@@ -182,10 +187,10 @@ class QueuePair:
         attributes.max_dest_rd_atomic, attributes.min_rnr_timer = _READS, _NOT_READY_TIMER
         route = verbs.addr.GlobalRoute(dgid=verbs.addr.GID(card.gid), sgid_index=port.gid_index, hop_limit=64)
         attributes.ah_attr = verbs.addr.AHAttr(port_num=port.number, is_global=1, gr=route, dlid=card.lid)
-        self._pair.to_rtr(attributes)
         attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = _TIMEOUT, _RETRIES, _NOT_READY_RETRIES
         attributes.sq_psn, attributes.max_rd_atomic = self.psn, _READS
-        self._pair.to_rts(attributes)
+        with refusals(verbs, f"leading a queue pair to {card.gid}, from {port.gid} (SPARKTF_RDMA_GID_INDEX chooses)"):
+            self._pair.to_rts(attributes)
 
     @property
     def has_room(self) -> bool:
@@ -233,7 +238,7 @@ class QueuePair:
         request.set_wr_rdma(remote[1], remote[0])
         try:
             self._pair.post_send(request)
-        except self._adapter.verbs.Error as exc:
+        except self._error as exc:
             raise TransportError(f"The device refuses an RDMA write of {nbytes} bytes: {exc}.") from exc
         if signal:
             self._signalled = self._posted

@@ -23,6 +23,8 @@ _PROTOCOLS = {
     "shm": "sparktf.transport.shm:connect",
     "rdma": "sparktf.transport.rdma:connect",
 }
+# Names that other systems use.
+_ALIASES = {"grpc_rdma": "rdma"}
 
 
 class Connector(Protocol):
@@ -64,7 +66,8 @@ def connect(
     Parameters
     ----------
     protocol : str
-        One of `protocols()`, or a backend of your own as ``"package.module:function"``; the same on every rank.
+        One of `protocols()` (``"grpc_rdma"`` means ``"rdma"``), or a backend of your own as
+        ``"package.module:function"``; the same on every rank.
         ``"auto"`` logs what it picked to ``sparktf.transport``.
     rank, size : int
         This process's number and how many there are.
@@ -79,7 +82,7 @@ def connect(
         The address that this rank listens on and tells the others. None: the address of the machine's name,
         or 127.0.0.1 where that has none.
     settings : Settings or None
-        Choices for single protocols; None: the default ones.
+        Choices for single protocols; None: those of the environment (`Settings.from_environment`), else the default.
 
     Returns
     -------
@@ -95,6 +98,7 @@ def connect(
     HandshakeError, TransportTimeoutError, TransportError
         The group could not be connected; nothing is left open on this rank.
     """
+    protocol = _ALIASES.get(protocol, protocol)
     target = _PROTOCOLS.get(protocol, protocol)
     if ":" not in target:
         known = ", ".join(repr(name) for name in protocols())
@@ -125,7 +129,7 @@ def connect(
             secret=secret,
             timeout=timeout,
             host=host,
-            settings=settings or Settings(),
+            settings=settings or Settings.from_environment(),
         )
     if protocol == "auto":
         _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)

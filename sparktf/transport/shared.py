@@ -122,9 +122,7 @@ class SharedGroup:
         own = parts[self.place]
         self._regions.append(_Region(own.ctypes.data, parts))
 
-    def begin(
-        self, header: bytes, expect: Callable[[Link, bytes], None], flat: Array, op: str, shards: int
-    ) -> Job:
+    def begin(self, header: bytes, expect: Callable[[Link, bytes], None], flat: Array, op: str, shards: int) -> Job:
         """Meet with all ranks of the group, and agree on whether arrays can be read in place.
 
         Parameters

@@ -24,6 +24,10 @@ for _ in $(seq 100); do
   sleep 0.1
 done
 
+# A second device whose port is down, as of a cable that is not plugged in.
+ip link add rdma1 type dummy
+rdma link add rxe1 type rxe netdev rdma1
+
 touch /run/vm/started
 setsid bash /run/vm/command.sh </dev/null
 echo $? > /run/vm/status
