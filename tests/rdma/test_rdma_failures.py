@@ -30,12 +30,12 @@ def test_a_wrong_key_is_an_error_that_names_peer_operation_and_status():
 
     begin = time.monotonic()
     first, second = outcomes_of(spoil)
-    assert isinstance(first, PeerLostError)
-    assert first.peer == 1
-    assert "all_reduce (operation 2)" in str(first)
-    assert "IBV_WC_REM_ACCESS_ERR" in str(first)
-    assert isinstance(second, TransportError)
-    assert "rank" in str(second)
+    # The device tells both ends at once, and whoever hears it first tells the other.
+    for outcome in (first, second):
+        assert isinstance(outcome, PeerLostError)
+        assert outcome.peer in (0, 1)
+        assert "all_reduce (operation 2)" in str(outcome)
+        assert "IBV_WC_REM_ACCESS_ERR" in str(outcome)
     # Long before the timeout: the device says so at once.
     assert time.monotonic() - begin < 20
 

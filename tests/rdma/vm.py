@@ -1,6 +1,6 @@
 """Run a command on a machine with an RDMA device: on this one where it has one, else on a virtual one.
 
-    python tests/rdma/vm.py [--timeout 600] [--accel tcg,thread=multi] COMMAND ...
+    python tests/rdma/vm.py [--timeout 600] [--java] COMMAND ...
 
 The virtual machine boots Debian's kernel in QEMU over this machine's root file system, read-only under a layer
 that is thrown away: every program and virtual environment here is there too. In it ``rxe0`` is a Soft-RoCE device.
@@ -20,11 +20,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_image import HERE, Image, build_image, install_packages, pyverbs_directory
+from vm_image import CACHE, HERE, Image, build_image, install_packages, pyverbs_directory
 
 TIMED_OUT, NOT_BOOTED = 124, 125
-# What two processors without hardware's help need; see `sparktf.transport.testing.worlds`.
-_SLOWNESS = "4"
+_KVM_SECONDS = 30.0
+# For time bounds see `sparktf.transport.testing.worlds`. What Java compiles with AVX crashes under emulation.
+_EMULATED = {"SPARKTF_TEST_SLOWNESS": "4", "JAVA_TOOL_OPTIONS": "-XX:UseAVX=0"}
 _KEPT = ("PATH", "HOME", "LANG", "JAVA_HOME", "JAVA_TOOL_OPTIONS")
 
 
@@ -35,7 +36,7 @@ class Machine:
     Parameters
     ----------
     accelerator : str
-        QEMU's ``-accel``. Java's compiler needs ``thread=single``; everything else is faster with ``thread=multi``.
+        QEMU's ``-accel``.
     processors : int
         Virtual processors.
     memory : str
@@ -43,8 +44,13 @@ class Machine:
     """
 
     accelerator: str
-    processors: int = 2
-    memory: str = "6G"
+    processors: int
+    memory: str
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the processor's instructions are translated rather than run."""
+        return self.accelerator.startswith("tcg")
 
     def command_line(self, image: Image, control: Path) -> list[str]:
         """Return the emulator's command line; `control` is the directory that host and guest share."""
@@ -70,13 +76,22 @@ def run_here(command: list[str], timeout: float) -> int:
         return TIMED_OUT
 
 
+def kvm_works() -> bool:
+    """Return whether a machine boots on KVM, by trying; inside another virtual machine it may exist and not work."""
+    answer = CACHE / "kvm"
+    if not answer.exists():
+        works = os.access("/dev/kvm", os.W_OK) and run_in_machine(["true"], Machine("kvm", 1, "1G"), _KVM_SECONDS) == 0
+        answer.write_text("works" if works else "fails")
+    return answer.read_text() == "works"
+
+
 def run_in_machine(command: list[str], machine: Machine, timeout: float) -> int:
     """Boot a virtual machine for one command; its output goes to ours."""
     image = build_image()
     control = Path(tempfile.mkdtemp(prefix="sparktf-vm-"))
     try:
         shutil.copy(HERE / "vm_guest.sh", control / "guest.sh")
-        (control / "command.sh").write_text(_script(command))
+        (control / "command.sh").write_text(_script(command, machine))
         begin = time.monotonic()
         emulator = subprocess.Popen(machine.command_line(image, control), stdin=subprocess.DEVNULL)
         try:
@@ -92,9 +107,11 @@ def run_in_machine(command: list[str], machine: Machine, timeout: float) -> int:
         shutil.rmtree(control)
 
 
-def _script(command: list[str]) -> str:
+def _script(command: list[str], machine: Machine) -> str:
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith("SPARKTF_")}
-    kept = {"SPARKTF_TEST_SLOWNESS": _SLOWNESS, **kept, "PYTHONPATH": _python_path(), "TERM": "dumb"}
+    kept |= {"PYTHONPATH": _python_path(), "TERM": "dumb"}
+    if machine.emulated:
+        kept = _EMULATED | kept
     exports = [f"export {name}={shlex.quote(value)}" for name, value in kept.items()]
     return "\n".join([*exports, f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(command)}\n"])
 
@@ -114,15 +131,18 @@ def main() -> int:
     """Run what the command line asks for; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds in all, booting included")
-    parser.add_argument("--accel", default="tcg,thread=multi,tb-size=1024", help="as QEMU takes it")
+    parser.add_argument("--java", action="store_true", help="the command runs Java")
     parser.add_argument("--processors", type=int, default=2)
-    parser.add_argument("--memory", default="6G")
+    parser.add_argument("--memory", default="6G", help="gigabytes, for what is written to files too")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         return run_here(options.command, options.timeout)
     install_packages()
-    return run_in_machine(options.command, Machine(options.accel, options.processors, options.memory), options.timeout)
+    # Java under emulation survives only where one thread emulates all processors; all else is faster with many.
+    emulator = f"tcg,tb-size=1024,thread={'single' if options.java else 'multi'}"
+    machine = Machine("kvm" if kvm_works() else emulator, options.processors, options.memory)
+    return run_in_machine(options.command, machine, options.timeout)
 
 
 if __name__ == "__main__":
