@@ -29,6 +29,8 @@ _READS = 1
 # One completion in so many requests: fewer wake-ups, and still no full queue.
 _SIGNAL_EVERY = 8
 _POLL = 32
+# The numbers on a card, and how many bits each has.
+_BITS = {"number": 24, "psn": 24, "lid": 16, "mtu": 3, "address": 64, "rkey": 32}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Card:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Card:
         """Read what `to_json` has made; raise `HandshakeError` where it is something else."""
-        kinds = {name: str if name == "gid" else int for name in cls.__dataclass_fields__}
-        if fields.keys() != kinds.keys() or not all(type(fields[name]) is kind for name, kind in kinds.items()):
-            raise HandshakeError(f"Expected a card of {', '.join(kinds)}. Received: {str(fields)[:200]}.")
+        whole = all(type(fields.get(name)) is int and 0 <= fields[name] < 1 << bits for name, bits in _BITS.items())
+        if fields.keys() != {*_BITS, "gid"} or not whole or not isinstance(fields["gid"], str):
+            raise HandshakeError(f"Expected a card of gid, {', '.join(_BITS)}. Received: {str(fields)[:200]}.")
         return cls(**fields)
 
 
@@ -185,11 +187,11 @@ class QueuePair:
         attributes = verbs.qp.QPAttr(port_num=port.number, path_mtu=min(card.mtu, port.mtu))
         attributes.dest_qp_num, attributes.rq_psn = card.number, card.psn
         attributes.max_dest_rd_atomic, attributes.min_rnr_timer = _READS, _NOT_READY_TIMER
-        route = verbs.addr.GlobalRoute(dgid=verbs.addr.GID(card.gid), sgid_index=port.gid_index, hop_limit=64)
-        attributes.ah_attr = verbs.addr.AHAttr(port_num=port.number, is_global=1, gr=route, dlid=card.lid)
         attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = _TIMEOUT, _RETRIES, _NOT_READY_RETRIES
         attributes.sq_psn, attributes.max_rd_atomic = self.psn, _READS
         with refusals(verbs, f"leading a queue pair to {card.gid}, from {port.gid} (SPARKTF_RDMA_GID_INDEX chooses)"):
+            route = verbs.addr.GlobalRoute(dgid=verbs.addr.GID(card.gid), sgid_index=port.gid_index, hop_limit=64)
+            attributes.ah_attr = verbs.addr.AHAttr(port_num=port.number, is_global=1, gr=route, dlid=card.lid)
             self._pair.to_rts(attributes)
 
     @property
