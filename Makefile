@@ -1,10 +1,12 @@
 # make setup   build .venv from requirements/lock.txt (done by the other targets as well)
 # make demo    the main job on real data: train on two workers, save, load, score
 # make test    all tests; make lint: ruff, mypy and the layering test
+# make test-rdma      the tests that need an RDMA device, on a virtual machine where there is none; some 5 minutes
+# make test-rdma-fit  a whole fit over RDMA there; some 10 minutes
 # make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
 # make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock notebooks bench clean
+.PHONY: help setup demo test test-rdma test-rdma-fit lint lock notebooks bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -42,6 +44,12 @@ test: $(STAMP)
 	  if [ -d $$group ]; then run $$group; fi; \
 	done; \
 	exit $$failed
+
+test-rdma: $(STAMP)
+	@$(BIN)/python tests/rdma/vm.py --timeout 1200 $(PYTEST) tests/rdma --ignore tests/rdma/test_rdma_fit.py
+
+test-rdma-fit: $(STAMP)
+	@$(BIN)/python tests/rdma/vm.py --timeout 1800 --java --memory 8G $(PYTEST) tests/rdma/test_rdma_fit.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

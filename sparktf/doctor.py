@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
-from sparktf.errors import ClusterError
+from sparktf.errors import ClusterError, ParamError
 from sparktf.java import find_java, java_version
+from sparktf.transport.rdma import preflight
+from sparktf.transport.settings import Settings
 
 __all__ = ["Finding", "examine", "report"]
 
@@ -170,8 +171,11 @@ def _shared_memory() -> Finding:
 def _rdma() -> Finding:
     root = Path("/sys/class/infiniband")
     devices = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
-    bindings = "pyverbs is installed" if find_spec("pyverbs") else "pyverbs is not installed"
-    return Finding("RDMA", f"{' '.join(devices) or 'no device'}; {bindings}")
+    try:
+        trouble = preflight(Settings.from_environment())
+    except ParamError as error:
+        trouble = str(error)
+    return Finding("RDMA", trouble or f"ready, with {' '.join(devices)}")
 
 
 def _locked_memory() -> Finding:

@@ -31,9 +31,8 @@ tempfile.tempdir = str(TEMPORARY)
 
 _TESTS = Path(__file__).parent
 # Workers import the functions that a test module hands to Spark, by the name that pytest gave the module.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(_TESTS.parent), str(_TESTS), *(str(p) for p in sorted(_TESTS.iterdir()) if p.is_dir())]
-)
+_FOUND_HERE = [str(_TESTS.parent), str(_TESTS), *(str(p) for p in sorted(_TESTS.iterdir()) if p.is_dir())]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOUND_HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 SPARK_SETTINGS: dict[str, object] = {
     "spark.executorEnv.PYTHONPATH": os.environ["PYTHONPATH"],

@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "quiet": set(),
     "java": {"errors"},
     "session": {"errors", "java"},
-    "doctor": {"errors", "java"},
+    "doctor": {"errors", "java", "transport"},
     "transport": {"errors", "_version"},
     "data": {"errors", "_version", "quiet"},
     "distribute": {"errors", "_version", "quiet", "transport", "data"},

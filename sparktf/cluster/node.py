@@ -185,20 +185,12 @@ def _train(
                 told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
         told |= {
             "protocol": communicator.protocol,
-            "protocol_reason": _reason(job, communicator),
+            "protocol_reason": communicator.reason,
             "start_seconds": made - started,
             "feed_seconds": fed - made,
         }
     saved = told.pop("saved")
     return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if chief else [])]
-
-
-def _reason(job: TrainJob, communicator: Communicator) -> str:
-    if communicator.size == 1:
-        return "one worker exchanges nothing"
-    if job.protocol != "auto":
-        return f"protocol={job.protocol!r} was asked for"
-    return "chosen by protocol='auto': it works between any two machines"
 
 
 def _deliver(path: str, job: TrainJob, control: ControlClient) -> list[Result]:

@@ -68,7 +68,12 @@ def boolean(name: str) -> Callable[[Any], bool]:
     return convert
 
 
-def choice(name: str, available: Sequence[str], missing: Mapping[str, str] | None = None) -> Callable[[Any], str]:
+def choice(
+    name: str,
+    available: Sequence[str],
+    missing: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Callable[[Any], str]:
     """Accept one of a few words.
 
     Parameters
@@ -79,12 +84,15 @@ def choice(name: str, available: Sequence[str], missing: Mapping[str, str] | Non
         The words that work.
     missing : mapping of str to str, optional
         Words that are understood but not available in this version, and how each is called in the message.
+    aliases : mapping of str to str, optional
+        Other words for available ones.
     """
     known = ", ".join(repr(word) for word in available)
 
     def convert(value: Any) -> str:
         if not isinstance(value, str):
             raise wrong_type(name, f"one of {known}", value)
+        value = (aliases or {}).get(value, value)
         if value in (missing or {}):
             meaning = (missing or {})[value]
             raise ParamError(f"{name}: {value!r} ({meaning}) is not available yet. Available: {known}")

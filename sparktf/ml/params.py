@@ -24,6 +24,9 @@ from pyspark.ml.param.shared import (
 )
 
 from sparktf.ml import converters as to
+from sparktf.transport import protocols
+
+_PLANNED_PROTOCOLS = {"grpc": "TensorFlow's collectives"}
 
 
 def _param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
@@ -193,11 +196,12 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     )
     protocol = _param(
         "protocol",
-        "how nodes exchange gradients: 'auto' chooses and logs its choice, 'tcp'.",
+        f"how nodes exchange gradients: {', '.join(protocols())}; 'auto' chooses and logs its choice.",
         to.choice(
             "protocol",
-            ["auto", "tcp"],
-            {"shm": "shared memory", "grpc": "TensorFlow's collectives", "rdma": "RDMA", "grpc_rdma": "RDMA"},
+            protocols(),
+            {name: meaning for name, meaning in _PLANNED_PROTOCOLS.items() if name not in protocols()},
+            {"grpc_rdma": "rdma"},
         ),
     )
     compression = _param(

@@ -42,7 +42,7 @@ class CollectiveCommunicator(GuardedCommunicator):
     """A communicator over links.
 
     A protocol makes its links and calls `_begin`. It may say how to allocate memory that its links reach without a
-    copy (`_allocate_bytes`), and may do reductions its own way (`_reduce`).
+    copy (`_allocate_bytes`), and may do reductions its own way (`_reduce_large`).
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         left, right = self._links[(self.rank - 1) % self.size], self._links[(self.rank + 1) % self.size]
         self._ring = ring.Ring(left, right, self.rank, self.size, self.chunk_bytes, self.stats)
         # Last, as it may at once hear of a failure and wake what is above.
-        self._watch = Watch(controls, self._on_failure, lambda: self._current)
+        self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current)
 
     def all_reduce(self, array: Array, op: str = "sum") -> Array:
         """Reduce in place; see `Communicator`."""
@@ -176,11 +176,14 @@ class CollectiveCommunicator(GuardedCommunicator):
         self._buffers.clear()
 
     def _reduce(self, name: str, flat: Array, op: str) -> None:
+        if flat.nbytes * (self.size - 1) <= _DIRECT_BYTES:
+            self._reduce_directly(pack_header(name, flat, self._next(), op_code(op)), flat, op)
+        else:
+            self._reduce_large(name, flat, op)
+
+    def _reduce_large(self, name: str, flat: Array, op: str) -> None:
         """Reduce a contiguous array in place; of a reduce-scatter only this rank's shard need be right."""
         header = pack_header(name, flat, self._next(), op_code(op))
-        if flat.nbytes * (self.size - 1) <= _DIRECT_BYTES:
-            self._reduce_directly(header, flat, op)
-            return
         self._ring.right.send(header, _NOTHING)
         self._expect(self._ring.left, header)
         algorithm = ring.all_reduce if name == "all_reduce" else ring.reduce_scatter

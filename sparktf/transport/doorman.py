@@ -15,7 +15,8 @@ from sparktf._version import __version__
 from sparktf.errors import HandshakeError, TransportTimeoutError
 from sparktf.transport.handshake import Identity, accept
 
-DATA, CONTROL = "data", "control"
+# What a connection is for. Data, and back: what answers data where it must not be taken for data.
+DATA, BACK, CONTROL = CHANNELS = ("data", "back", "control")
 # A peer answers in milliseconds; a stranger that says nothing is dropped after this many seconds.
 _STRANGER_SECONDS = 10.0
 # Strangers may not make us start threads without end; with more than these at once, newcomers are dropped and
@@ -151,7 +152,7 @@ class Doorman:
             return
         try:
             peer = group.check(theirs)
-            if theirs.get("channel") not in (DATA, CONTROL) or theirs.get("to") != group.rank:
+            if theirs.get("channel") not in CHANNELS or theirs.get("to") != group.rank:
                 raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
         except HandshakeError as exc:
             self._finish(sock, exc)

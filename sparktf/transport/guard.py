@@ -164,6 +164,9 @@ class GuardedCommunicator(Communicator):
         message = f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
         self._fail(_Failure(PeerLostError, message, peer, reason), tell=not told)
 
+    def _on_left(self, peer: int) -> None:
+        """Hear from the watch that a rank has said goodbye; for protocols whose links do not notice by themselves."""
+
     def _on_send_error(self, exc: Exception) -> None:
         """Hear from the outbox that it is stuck, so that the caller does not go on waiting for data."""
         if isinstance(exc, Gone | Silent):

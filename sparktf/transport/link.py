@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from sparktf.transport.contract import Array
+
 
 class Gone(Exception):
     """The connection to a peer ended or broke."""
@@ -71,6 +73,16 @@ class Link(ABC):
         memoryview
             `nbytes` bytes, aligned to 64; valid until the next `fill` or `take` of this link.
         """
+
+    def offer(self, array: Array) -> None:  # noqa: B027
+        """Let the peer place pieces of its array straight into this one, where the protocol can do that."""
+
+    def accept(self, array: Array) -> None:  # noqa: B027
+        """Take the peer's offer: what it said by `offer` is where `place` puts pieces of `array`."""
+
+    def place(self, view: memoryview) -> None:
+        """Begin to send, as `post` does, a piece that the peer will `fill` into the same stretch of its own array."""
+        self.post(view)
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -1,7 +1,8 @@
-"""How the ranks of a group find each other over TCP: two authenticated connections between every pair.
+"""How the ranks of a group find each other over TCP: authenticated connections between every pair.
 
-One carries data, the other control messages, so that "I have failed" overtakes any amount of data. Every rank
-listens, all learn all addresses by one exchange, and each rank connects to those below it.
+One carries data, another control messages, so that "I have failed" overtakes any amount of data; some protocols want
+a third, for answers to data. Every rank listens, all learn all addresses by one exchange, and each rank connects to
+those below it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError
-from sparktf.transport.doorman import CONTROL, DATA, Doorman, Group
+from sparktf.transport.doorman import BACK, CONTROL, DATA, Doorman, Group
 from sparktf.transport.handshake import initiate
 
 Exchange = Callable[[bytes], list[bytes]]
@@ -28,26 +29,41 @@ _SOCKET_BUFFER = 4 * 1024 * 1024
 
 @dataclass
 class Mesh:
-    """The connections of one rank, by the rank of the peer."""
+    """The connections of one rank, by the rank of the peer; `back` is empty unless it was asked for."""
 
     data: dict[int, socket.socket] = field(default_factory=dict)
+    back: dict[int, socket.socket] = field(default_factory=dict)
     control: dict[int, socket.socket] = field(default_factory=dict)
 
     def add(self, channel: str, peer: int, sock: socket.socket) -> None:
         """Keep a connection; a second one of the same kind from the same peer is closed."""
-        table = self.data if channel == DATA else self.control
+        table = {DATA: self.data, BACK: self.back, CONTROL: self.control}[channel]
         if peer in table:
             sock.close()
         else:
             table[peer] = sock
 
+    def count(self) -> int:
+        """Return how many connections there are."""
+        return len(self.data) + len(self.back) + len(self.control)
+
     def close(self) -> None:
         """Close every connection."""
-        for sock in (*self.data.values(), *self.control.values()):
+        for sock in (*self.data.values(), *self.back.values(), *self.control.values()):
             sock.close()
 
 
-def connect_mesh(rank: int, size: int, exchange: Exchange, secret: bytes, timeout: float, host: str | None) -> Mesh:
+def connect_mesh(
+    rank: int,
+    size: int,
+    exchange: Exchange,
+    secret: bytes,
+    timeout: float,
+    host: str | None,
+    *,
+    protocol: str = "",
+    back: bool = False,
+) -> Mesh:
     """Connect this rank with all others.
 
     Parameters
@@ -62,6 +78,10 @@ def connect_mesh(rank: int, size: int, exchange: Exchange, secret: bytes, timeou
         Seconds that all connections together may take, counted from the end of the exchange.
     host : str or None
         The address to listen on and to advertise; None takes that of this machine's name.
+    protocol : str
+        What was asked for; ranks that ask for another are refused.
+    back : bool
+        Whether to make the third connection, the same on every rank.
 
     Raises
     ------
@@ -74,16 +94,17 @@ def connect_mesh(rank: int, size: int, exchange: Exchange, secret: bytes, timeou
     """
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(host if host is not None else default_host(), size))
-        book, job = _exchange_addresses(rank, size, exchange, listener)
+        book, job = _exchange_addresses(rank, size, exchange, listener, protocol)
         group = Group(rank, size, job, secret, time.monotonic() + timeout)
         mesh = Mesh()
         undo = stack.enter_context(ExitStack())
         undo.callback(mesh.close)
         doorman = stack.enter_context(Doorman(listener, group))
+        channels = (DATA, BACK, CONTROL) if back else (DATA, CONTROL)
         for peer in range(rank):
-            for channel in (DATA, CONTROL):
+            for channel in channels:
                 mesh.add(channel, peer, _reach(book[peer], group, channel, peer))
-        while len(mesh.data) + len(mesh.control) < 2 * (size - 1):
+        while mesh.count() < len(channels) * (size - 1):
             mesh.add(*doorman.next(set(range(rank + 1, size)) - (set(mesh.data) & set(mesh.control))))
         undo.pop_all()
         return mesh
@@ -104,8 +125,8 @@ def _listen(host: str, size: int) -> socket.socket:
         sock = socket.socket(family, kind, number)
         _set_buffers(sock)
         sock.bind(address)
-        # Both connections of every peer may arrive while we are still in the exchange.
-        sock.listen(2 * size + 16)
+        # All connections of every peer may arrive while we are still in the exchange.
+        sock.listen(3 * size + 16)
     except OSError as exc:
         if sock is not None:
             sock.close()
@@ -117,12 +138,12 @@ def _listen(host: str, size: int) -> socket.socket:
 
 
 def _exchange_addresses(
-    rank: int, size: int, exchange: Exchange, listener: socket.socket
+    rank: int, size: int, exchange: Exchange, listener: socket.socket, protocol: str
 ) -> tuple[list[tuple[str, int]], str]:
     """Return every rank's address, and a name for this group that only its members derive."""
     host, port = listener.getsockname()[:2]
     # The token makes two groups different even where addresses, ports and the secret are the same.
-    own = {"rank": rank, "size": size, "host": host, "port": port, "token": secrets.token_hex(16)}
+    own = {"rank": rank, "size": size, "host": host, "port": port, "token": secrets.token_hex(16), "protocol": protocol}
     packed = json.dumps(own).encode()
     entries = exchange(packed)
     if len(entries) != size:
@@ -144,6 +165,11 @@ def _exchange_addresses(
             raise HandshakeError(
                 f"Expected entry {peer} of the exchange to be of rank {peer} in a world of {size}. "
                 f"Received: rank {found[0]} in a world of {found[1]}."
+            )
+        if card.get("protocol") != protocol:
+            raise HandshakeError(
+                f"Expected all ranks to ask for protocol {protocol!r}. "
+                f"Received: {card.get('protocol')!r} from rank {peer}."
             )
     return book, hashlib.sha256(b"\n".join(entries)).hexdigest()
 

@@ -18,11 +18,18 @@ _LOG = logging.getLogger("sparktf.transport")
 _LONGEST_TIMEOUT = 7 * 24 * 3600.0
 
 _PROTOCOLS = {
+    "auto": "sparktf.transport.auto:connect",
     "tcp": "sparktf.transport.tcp:connect",
+    "shm": "sparktf.transport.shm:connect",
+    "rdma": "sparktf.transport.rdma:connect",
 }
+# Names that other systems use.
+_ALIASES = {"grpc_rdma": "rdma"}
 
 
-class _Connector(Protocol):
+class Connector(Protocol):
+    """The function that joins a group of at least two by one protocol; arguments as `connect` has checked them."""
+
     def __call__(
         self,
         *,
@@ -33,29 +40,14 @@ class _Connector(Protocol):
         timeout: float,
         host: str | None,
         settings: Settings,
-    ) -> Communicator: ...
+    ) -> Communicator:
+        """Return the rank's communicator, connected."""
+        ...
 
 
 def protocols() -> tuple[str, ...]:
     """Return the names that `connect` takes."""
-    return ("auto", *_PROTOCOLS)
-
-
-def resolve(protocol: str) -> str:
-    """Return the protocol that a name stands for here, without connecting.
-
-    Raises
-    ------
-    ProtocolError
-        There is no such protocol.
-    """
-    if protocol == "auto":
-        _LOG.info("protocol 'auto' is 'tcp': the only one that works between any two machines")
-        return "tcp"
-    if protocol not in _PROTOCOLS:
-        known = ", ".join(repr(name) for name in protocols())
-        raise ProtocolError(f"Expected protocol to be one of {known}. Received: {protocol!r}.")
-    return protocol
+    return tuple(_PROTOCOLS)
 
 
 def connect(
@@ -74,7 +66,9 @@ def connect(
     Parameters
     ----------
     protocol : str
-        One of `protocols()`, the same on every rank. ``"auto"`` logs what it picked to ``sparktf.transport``.
+        One of `protocols()` (``"grpc_rdma"`` means ``"rdma"``), or a backend of your own as
+        ``"package.module:function"``; the same on every rank.
+        ``"auto"`` logs what it picked to ``sparktf.transport``.
     rank, size : int
         This process's number and how many there are.
     exchange : callable
@@ -88,7 +82,7 @@ def connect(
         The address that this rank listens on and tells the others. None: the address of the machine's name,
         or 127.0.0.1 where that has none.
     settings : Settings or None
-        Choices for single protocols; None: the default ones.
+        Choices for single protocols; None: those of the environment (`Settings.from_environment`), else the default.
 
     Returns
     -------
@@ -104,7 +98,11 @@ def connect(
     HandshakeError, TransportTimeoutError, TransportError
         The group could not be connected; nothing is left open on this rank.
     """
-    name = resolve(protocol)
+    protocol = _ALIASES.get(protocol, protocol)
+    target = _PROTOCOLS.get(protocol, protocol)
+    if ":" not in target:
+        known = ", ".join(repr(name) for name in protocols())
+        raise ProtocolError(f"Expected protocol to be one of {known}. Received: {protocol!r}.")
     if not (isinstance(size, int) and isinstance(rank, int) and 0 <= rank < size):
         raise ParamError(f"Expected integers with 0 <= rank < size. Received: rank={rank!r}, size={size!r}.")
     if not isinstance(secret, bytes) or not secret:
@@ -120,15 +118,21 @@ def connect(
         entries = exchange(b"")
         if len(entries) != 1:
             raise HandshakeError(f"Expected the exchange to give 1 entry (size). Received: {len(entries)}.")
-        return SoloCommunicator(name)
-    module, _, attribute = _PROTOCOLS[name].partition(":")
-    connector: _Connector = getattr(import_module(module), attribute)
-    return connector(
-        rank=rank,
-        size=size,
-        exchange=exchange,
-        secret=secret,
-        timeout=timeout,
-        host=host,
-        settings=settings or Settings(),
-    )
+        communicator: Communicator = SoloCommunicator("tcp" if protocol == "auto" else protocol)
+    else:
+        module, _, attribute = target.partition(":")
+        connector: Connector = getattr(import_module(module), attribute)
+        communicator = connector(
+            rank=rank,
+            size=size,
+            exchange=exchange,
+            secret=secret,
+            timeout=timeout,
+            host=host,
+            settings=settings or Settings.from_environment(),
+        )
+    if protocol == "auto":
+        _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)
+    else:
+        communicator.reason = communicator.reason or f"protocol={protocol!r} was asked for"
+    return communicator

@@ -49,6 +49,11 @@ class Ring:
         self.right.post(view, header)
         self.stats.bytes_sent += view.nbytes
 
+    def place(self, view: memoryview) -> None:
+        """Begin to send what the right neighbour fills into the same stretch of its own array."""
+        self.right.place(view)
+        self.stats.bytes_sent += view.nbytes
+
     def fill(self, view: memoryview) -> None:
         """Receive from the left into `view`."""
         self.left.fill(view)
@@ -85,35 +90,45 @@ def reduce_scatter(ring: Ring, flat: Array, op: str, members: int, *, pass_on: b
     """
     for part in ring.chunks(flat, ring.rank - 1):
         ring.post(as_bytes(part))
+    if pass_on:
+        ring.right.accept(flat)
     for step in range(ring.size - 1):
         last = step == ring.size - 2
         for part in ring.chunks(flat, ring.rank - step - 2):
             combine(op, part, ring.take(part), part)
             if last:
                 finish(op, part, members)
-            if pass_on or not last:
+            if not last:
                 ring.post(as_bytes(part))
+            elif pass_on:
+                ring.place(as_bytes(part))
     if not pass_on:
         ring.right.flush()
 
 
 def all_reduce(ring: Ring, flat: Array, op: str, members: int) -> None:
     """Reduce `flat` over the ring, in place; parameters as in `reduce_scatter`."""
+    ring.left.offer(flat)
     reduce_scatter(ring, flat, op, members, pass_on=True)
     for step in range(ring.size - 1):
         for part in ring.chunks(flat, ring.rank - step - 1):
             ring.fill(as_bytes(part))
             if step < ring.size - 2:
-                ring.post(as_bytes(part))
+                ring.place(as_bytes(part))
     ring.right.flush()
 
 
 def broadcast(ring: Ring, flat: Array, root: int) -> None:
     """Pass the root's array along the ring, chunk by chunk, in place."""
+    receives, sends = ring.rank != root, (ring.rank + 1) % ring.size != root
+    if receives:
+        ring.left.offer(flat)
+    if sends:
+        ring.right.accept(flat)
     for start, stop in chunk_bounds(0, flat.size, ring.chunk_bytes // flat.itemsize):
         view = as_bytes(flat[start:stop])
-        if ring.rank != root:
+        if receives:
             ring.fill(view)
-        if (ring.rank + 1) % ring.size != root:
-            ring.post(view)
+        if sends:
+            ring.place(view)
     ring.right.flush()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Self, TypeVar
 
 from sparktf.errors import ParamError
+
+_Default = TypeVar("_Default", int, None)
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,8 @@ class Settings:
 
     Attributes
     ----------
+    host_id : str or None
+        What is equal for ranks that may share memory; None: the machine's boot id. Ranks of equal identity are tried.
     rdma_device : str or None
         The RDMA device's name, as ``ibv_devices`` lists it; None: the first one with an active port.
     rdma_port : int
@@ -21,12 +27,39 @@ class Settings:
         The entry of the port's GID table; None: a RoCE v2 one where there is one.
     """
 
+    host_id: str | None = None
     rdma_device: str | None = None
     rdma_port: int = 1
     rdma_gid_index: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rdma_device == "":
+            raise ParamError("Expected rdma_device to be a device's name, or None. Received: ''.")
         if self.rdma_port < 1:
             raise ParamError(f"Expected rdma_port to be 1 or more. Received: {self.rdma_port!r}.")
         if self.rdma_gid_index is not None and self.rdma_gid_index < 0:
             raise ParamError(f"Expected rdma_gid_index to be 0 or more, or None. Received: {self.rdma_gid_index!r}.")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the RDMA choices from ``SPARKTF_RDMA_DEVICE``, ``SPARKTF_RDMA_PORT`` and ``SPARKTF_RDMA_GID_INDEX``.
+
+        Raises
+        ------
+        ParamError
+            A variable holds what cannot be meant.
+        """
+        return cls(
+            rdma_device=os.environ.get("SPARKTF_RDMA_DEVICE"),
+            rdma_port=_whole("SPARKTF_RDMA_PORT", 1),
+            rdma_gid_index=_whole("SPARKTF_RDMA_GID_INDEX", None),
+        )
+
+
+def _whole(name: str, default: _Default) -> int | _Default:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise ParamError(f"Expected the environment's {name} to be a whole number. Received: {text!r}.")
+    return int(text)

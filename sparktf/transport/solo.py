@@ -20,7 +20,7 @@ class SoloCommunicator(Communicator):
     def __init__(self, protocol: str) -> None:
         super().__init__(0, 1)
         self.protocol = protocol
-        self.reason = "one rank exchanges nothing"
+        self.reason = "a world of one exchanges nothing"
         self._ended = ""
 
     @contextmanager

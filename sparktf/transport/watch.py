@@ -30,13 +30,22 @@ class Watch:
     on_failure : callable
         Called in the watch's thread with (rank to blame, reason, told): told is True where a peer told us,
         False where its connection ended without a farewell.
+    on_left : callable
+        Called in the watch's thread with the rank of a peer that has said goodbye.
     doing : callable
         Returns what this rank is doing, in words, for peers that ask.
     """
 
-    def __init__(self, controls: dict[int, socket.socket], on_failure: OnFailure, doing: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        controls: dict[int, socket.socket],
+        on_failure: OnFailure,
+        on_left: Callable[[int], None],
+        doing: Callable[[], str],
+    ) -> None:
         self._controls = controls
         self._on_failure = on_failure
+        self._on_left = on_left
         self._doing = doing
         self._news = threading.Condition()
         self._answers: dict[int, str] = {}
@@ -132,6 +141,7 @@ class Watch:
         elif kind == _BYE:
             with self._news:
                 self._left.add(peer)
+            self._on_left(peer)
         elif kind == _PING:
             frame = pack_frame(_PONG, self._doing().encode())
             with self._send_lock, suppress(OSError):

@@ -7,7 +7,7 @@ Use it with pytest in these lines::
     from sparktf.transport.testing import TransportConformance
 
     class TestMine(TransportConformance):
-        protocol = "mine"
+        protocol = "my_package.mine:connect"
 
 Ranks are real: threads for what is computed, processes for what is killed. It needs pytest and hypothesis.
 """

@@ -17,7 +17,7 @@ import pytest
 from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
 from sparktf.transport.contract import Communicator
 from sparktf.transport.registry import connect
-from sparktf.transport.testing.worlds import SECRET, MemoryExchange, run_threads
+from sparktf.transport.testing.worlds import SECRET, SLOWNESS, MemoryExchange, run_threads
 
 
 def all_raised(outcomes: list[Any], kind: type[BaseException]) -> bool:
@@ -62,7 +62,7 @@ class Failures:
             if comm.rank == 0:
                 comm.abort("enough")
                 told.set()
-            told.wait(10)
+            told.wait(10 * SLOWNESS)
             comm.barrier()
 
         outcomes = run_threads(self.protocol, 2, main)
@@ -85,7 +85,7 @@ class Failures:
             return 0.0
 
         waited, _ = run_threads(self.protocol, 2, main)
-        assert waited < 2
+        assert waited < 2 * SLOWNESS
 
     def test_a_peer_that_closes_too_early_is_named(self) -> None:
         def main(comm: Communicator) -> None:
@@ -120,7 +120,7 @@ class Failures:
 
         def main(comm: Communicator) -> float:
             if comm.rank == 1:
-                gone.wait(10)
+                gone.wait(10 * SLOWNESS)
                 return 0.0
             begin = time.monotonic()
             try:
@@ -131,7 +131,7 @@ class Failures:
             return time.monotonic() - begin
 
         waited, _ = run_threads(self.protocol, 2, main, timeout=1.0)
-        assert 0.5 < waited < 2
+        assert 0.5 < waited < 2 * SLOWNESS
 
     def test_another_secret_is_refused(self) -> None:
         outcomes = run_threads(
@@ -155,7 +155,7 @@ class Failures:
                     # Rank 1 believes in a world of three, and is given three entries.
                     exchange=lambda entry: [*exchange(entry), entry][:size],
                     secret=SECRET,
-                    timeout=2.0,
+                    timeout=2.0 * SLOWNESS,
                     host="127.0.0.1",
                 )
             except TransportError as exc:
@@ -165,7 +165,7 @@ class Failures:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(10 * SLOWNESS)
         assert len(caught) == 2
         assert all("world" in str(exc) for exc in caught)
 

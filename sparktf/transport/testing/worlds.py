@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,10 +16,17 @@ from typing import Any
 
 from sparktf.transport.contract import Communicator
 from sparktf.transport.registry import connect
+from sparktf.transport.settings import Settings
 
 SECRET = b"a secret of tests, 32 bytes long"
+SLOWNESS = float(os.environ.get("SPARKTF_TEST_SLOWNESS", "1"))
+"""How many times slower than real hardware this machine computes: timeouts and bounds on time are multiplied by it.
+
+For emulated machines only; see ``tests/rdma/vm.py``.
+"""
+
 # Every wait of a test ends, whatever is broken.
-_PATIENCE = 60.0
+_PATIENCE = 60.0 * SLOWNESS
 
 
 class MemoryExchange:
@@ -88,8 +95,11 @@ def run_threads(
     *,
     timeout: float = 20.0,
     secrets: list[bytes] | None = None,
+    settings: Sequence[Settings] | None = None,
 ) -> list[Any]:
     """Run ``main(communicator)`` on every rank of a group of threads.
+
+    `secrets` and `settings` are by rank; `timeout` is multiplied by `SLOWNESS`.
 
     Returns
     -------
@@ -108,8 +118,9 @@ def run_threads(
                 size=size,
                 exchange=meeting.of(rank),
                 secret=secret,
-                timeout=timeout,
+                timeout=timeout * SLOWNESS,
                 host="127.0.0.1",
+                settings=None if settings is None else settings[rank],
             ) as communicator:
                 outcomes[rank] = main(communicator)
         except BaseException as exc:
@@ -209,7 +220,7 @@ def _process_main(
 ) -> None:
     exchange = FileExchange(directory, rank, size)
     communicator = connect(
-        protocol, rank=rank, size=size, exchange=exchange, secret=SECRET, timeout=timeout, host="127.0.0.1"
+        protocol, rank=rank, size=size, exchange=exchange, secret=SECRET, timeout=timeout * SLOWNESS, host="127.0.0.1"
     )
     reports.send_bytes(b'{"event": "connected"}')
     try:

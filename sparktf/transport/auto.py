@@ -1,0 +1,72 @@
+"""The choice of ``protocol="auto"``: made together, once all ranks are connected and have told what they have."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from importlib.util import find_spec
+
+from sparktf.transport.contract import Communicator
+from sparktf.transport.hosts import Hosts
+from sparktf.transport.mesh import Exchange, connect_mesh
+from sparktf.transport.settings import Settings
+from sparktf.transport.shm import ShmCommunicator, survey_hosts
+from sparktf.transport.survey import share
+from sparktf.transport.tcp import TcpCommunicator
+
+_RDMA = "sparktf.transport.rdma"
+
+
+def connect(
+    *,
+    rank: int,
+    size: int,
+    exchange: Exchange,
+    secret: bytes,
+    timeout: float,
+    host: str | None,
+    settings: Settings,
+) -> Communicator:
+    """Join a group of at least two by the best way that all ranks have; arguments as in `sparktf.transport.connect`.
+
+    RDMA where every rank has a device, else shared memory among the ranks of a machine and sockets between machines.
+    """
+    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="auto", back=True)
+    try:
+        told = share(mesh, rank, {"rdma": _rdma_trouble(settings)}, time.monotonic() + timeout)
+        troubles = [f"rank {peer}: {facts.get('rdma')}" for peer, facts in enumerate(told) if facts.get("rdma")]
+        communicator: Communicator
+        if not troubles:
+            communicator = import_module(_RDMA).join(rank, size, mesh, timeout, settings)
+            reason = "every rank has an RDMA device with an active port"
+        else:
+            hosts = survey_hosts(mesh, rank, settings, timeout)
+            reason = f"{_describe(hosts)}; no RDMA ({troubles[0]})"
+            if max(map(len, hosts.groups)) > 1:
+                communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
+            else:
+                communicator = TcpCommunicator(rank, size, mesh, timeout)
+    except BaseException:
+        mesh.close()
+        raise
+    communicator.reason = reason
+    return communicator
+
+
+def _rdma_trouble(settings: Settings) -> str:
+    """Return why this rank cannot use RDMA; empty where it can."""
+    if find_spec(_RDMA) is None:
+        return "this version has none"
+    if find_spec("pyverbs") is None:
+        return "pyverbs is not installed"
+    trouble: str = import_module(_RDMA).preflight(settings)
+    return trouble
+
+
+def _describe(hosts: Hosts) -> str:
+    count, ranks = len(hosts.groups), sum(map(len, hosts.groups))
+    if count == 1:
+        return f"all {ranks} ranks share the memory of one machine"
+    if count < ranks:
+        return f"{ranks} ranks in {count} groups that share memory, sockets between them"
+    return f"no two of {ranks} ranks share memory" + (f" ({hosts.trouble})" if hosts.trouble else "")

@@ -1,0 +1,118 @@
+"""Memory that processes of one host share: a file without a name, mapped by all of them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from sparktf.errors import TransportError
+from sparktf.transport.contract import Array
+
+_MEMORY = Path("/dev/shm")
+# Longest path that is told to peers.
+PATH_BYTES = 256
+
+
+class Segment:
+    """A shared file, mapped.
+
+    Attributes
+    ----------
+    path : str
+        Where it is, until `unlink`.
+    array : ndarray
+        All its bytes. The memory is given back once nothing refers to it; there is nothing to close.
+    """
+
+    def __init__(self, path: str, descriptor: int, nbytes: int) -> None:
+        self.path = path
+        # Faulted in now rather than in the middle of the first operation.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self.array: Array = np.frombuffer(mmap.mmap(descriptor, nbytes, flags), np.uint8)
+
+    @classmethod
+    def create(cls, nbytes: int) -> Segment:
+        """Make a zeroed file of 0600 with a random name; the caller unlinks it once its peers have it.
+
+        In ``/dev/shm`` where that has room for it (in containers it is often small), else in the directory for
+        temporary files.
+
+        Raises
+        ------
+        TransportError
+            Neither has room.
+        """
+        nbytes = max(1, nbytes)
+        refusals = []
+        for directory in (_MEMORY, Path(tempfile.gettempdir())):
+            path = str(directory / f"sparktf-{secrets.token_hex(16)}")
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            except OSError as exc:
+                refusals.append(f"{directory}: {exc.strerror}")
+                continue
+            try:
+                # Reserved, not only sized: a page that finds no room later would kill the process (SIGBUS).
+                os.posix_fallocate(descriptor, 0, nbytes)
+                return cls(path, descriptor, nbytes)
+            except OSError as exc:
+                os.unlink(path)
+                refusals.append(f"{directory}: {exc.strerror}")
+            finally:
+                os.close(descriptor)
+        raise TransportError(
+            f"Expected room for {nbytes} bytes of memory to share. Received: {'; '.join(refusals)}. Give the container "
+            "a larger /dev/shm (docker: --shm-size), point TMPDIR to a directory with room, or use protocol='tcp'."
+        )
+
+    @classmethod
+    def attach(cls, path: str, nbytes: int) -> Segment:
+        """Map a peer's file.
+
+        Raises
+        ------
+        OSError
+            There is no such file here, or it may not be opened, or it is another.
+        """
+        nbytes = max(1, nbytes)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != nbytes:
+                raise OSError(f"{path} has {size} bytes, expected {nbytes}")
+            return cls(path, descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+
+    def unlink(self) -> None:
+        """Take away the name, so that nothing is left whatever happens; whoever attached last does it as well."""
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def pack_path(path: str) -> bytes:
+    """Return a path as a piece of fixed length.
+
+    Raises
+    ------
+    TransportError
+        It is too long.
+    """
+    packed = os.fsencode(path)
+    if len(packed) > PATH_BYTES:
+        raise TransportError(
+            f"Expected a path of at most {PATH_BYTES} bytes for shared memory. Received: {path!r}. Set TMPDIR to a "
+            "shorter one."
+        )
+    return packed.ljust(PATH_BYTES, b"\0")
+
+
+def unpack_path(packed: bytes | bytearray) -> str:
+    """Return the path that `pack_path` packed."""
+    return os.fsdecode(bytes(packed).rstrip(b"\0"))

@@ -1,0 +1,181 @@
+"""The ``shm`` protocol: reductions through shared memory within a machine, around a ring of machines between them."""
+
+from __future__ import annotations
+
+from sparktf.errors import ProtocolError, TransportError
+from sparktf.transport import ring
+from sparktf.transport.channel import Channel, Outbox
+from sparktf.transport.collectives import CollectiveCommunicator
+from sparktf.transport.contract import Array
+from sparktf.transport.hosts import Hosts, find_hosts, host_identity
+from sparktf.transport.link import Link
+from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
+from sparktf.transport.reduction import chunk_bounds, finish, op_code
+from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_path
+from sparktf.transport.settings import Settings
+from sparktf.transport.shared import STAGING_BYTES, Job, SharedGroup
+from sparktf.transport.shm_link import ShmLink
+from sparktf.transport.tcp import INLINE_BYTES
+from sparktf.transport.wire import pack_header
+
+# Ranks that wait while others talk to another machine hear of them at least once in so many bytes.
+_PART_BYTES = 16 * 1024 * 1024
+_NOTHING = memoryview(b"")
+
+
+def connect(
+    *,
+    rank: int,
+    size: int,
+    exchange: Exchange,
+    secret: bytes,
+    timeout: float,
+    host: str | None,
+    settings: Settings,
+) -> ShmCommunicator:
+    """Join a group of at least two on one machine; arguments as in `sparktf.transport.connect`.
+
+    Raises
+    ------
+    ProtocolError
+        The ranks are on several machines, or cannot open each other's memory.
+    """
+    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="shm", back=True)
+    try:
+        hosts = survey_hosts(mesh, rank, settings, timeout)
+        if len(hosts.groups) > 1:
+            raise ProtocolError(
+                "Expected all ranks on one machine, as protocol='shm' was asked for. Received: ranks that share no "
+                f"memory, {hosts}. Use protocol='auto', which goes through memory within machines and through "
+                "sockets between them."
+            )
+    except BaseException:
+        mesh.close()
+        raise
+    return ShmCommunicator(rank, size, mesh, timeout, hosts)
+
+
+def survey_hosts(mesh: Mesh, rank: int, settings: Settings, timeout: float) -> Hosts:
+    """Find out which ranks share memory; see `find_hosts`."""
+    identity = host_identity() if settings.host_id is None else settings.host_id
+    return find_hosts(mesh, rank, identity, STAGING_BYTES, timeout)
+
+
+class ShmCommunicator(CollectiveCommunicator):
+    """A communicator whose ranks on one machine reduce in each other's memory.
+
+    Over several machines every rank first reduces a shard with the others on its machine, then around a ring of the
+    ranks that hold the same shard on every machine, and then shares it on its machine again. There are as many shards
+    as the machine with the fewest ranks has ranks; further ranks of other machines hold none.
+
+    Parameters
+    ----------
+    rank, size : int
+        This rank, and the world's size, at least 2.
+    mesh : Mesh
+        Connections to all others, with the third; they belong to the communicator from now on.
+    timeout : float
+        Seconds without progress.
+    hosts : Hosts
+        Which ranks share memory.
+    """
+
+    protocol = "shm"
+
+    def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float, hosts: Hosts) -> None:
+        super().__init__(rank, size, timeout)
+        self._outbox = Outbox(INLINE_BYTES, self._on_send_error)
+        members = hosts.group_of(rank)
+        links: dict[int, Link] = {}
+        for peer, sock in mesh.data.items():
+            if peer in members:
+                links[peer] = ShmLink(sock, mesh.back[peer], peer, timeout, self._ask, self._outbox)
+            else:
+                mesh.back[peer].close()
+                links[peer] = Channel(sock, peer, timeout, self._ask, self._outbox)
+        self._local = SharedGroup(members, rank, links, [hosts.staging[member].array for member in members])
+        self.stats.registrations += 1
+        self._machines = len(hosts.groups)
+        self._shards = min(len(group) for group in hosts.groups)
+        self._across = self._ring_of_machines(hosts, links)
+        if self._machines > 1:
+            self.protocol = "shm+tcp"
+        self._begin(links, mesh.control)
+
+    def _ring_of_machines(self, hosts: Hosts, links: dict[int, Link]) -> ring.Ring | None:
+        """Return the ring of the ranks that hold this rank's shard, None where it holds none."""
+        place, count = self._local.place, len(hosts.groups)
+        if count == 1 or place >= self._shards:
+            return None
+        number = next(number for number, group in enumerate(hosts.groups) if self.rank in group)
+        left, right = hosts.groups[(number - 1) % count][place], hosts.groups[(number + 1) % count][place]
+        return ring.Ring(links[left], links[right], number, count, self.chunk_bytes, self.stats)
+
+    def _free(self) -> None:
+        self._outbox.close()
+        super()._free()
+
+    def _reduce_large(self, name: str, flat: Array, op: str) -> None:
+        """Reduce through memory; see `CollectiveCommunicator`."""
+        if self._machines == 1:
+            self._reduce_here(name, flat, op)
+            return
+        # Shards of machines are not those of ranks, so that a reduce-scatter needs all of the result.
+        for start, stop in chunk_bounds(0, flat.size, _PART_BYTES // flat.itemsize):
+            self._reduce_across(pack_header(name, flat[start:stop], self._next(), op_code(op)), flat[start:stop], op)
+
+    def _reduce_here(self, name: str, flat: Array, op: str) -> None:
+        header = pack_header(name, flat, self._next(), op_code(op))
+        job = self._local.begin(header, self._expect, flat, op, self.size)
+        if name == "all_reduce":
+            self._local.all_reduce(job, self.size)
+        else:
+            self._local.reduce(job)
+            finish(op, flat[job.shard(self.rank)], self.size)
+        self._count(job, 2 if name == "all_reduce" else 1)
+
+    def _reduce_across(self, header: bytes, flat: Array, op: str) -> None:
+        alone = len(self._local.members) == 1
+        job = self._local.begin(header, self._expect, flat, op, self._shards)
+        if not alone:
+            self._local.reduce(job)
+        if self._across is not None:
+            self._across.right.send(header, _NOTHING)
+            self._expect(self._across.left, header)
+            ring.all_reduce(self._across, flat[job.shard(self._local.place)], op, self.size)
+        if not alone:
+            self._local.share(job)
+            self._count(job, 2)
+
+    def _count(self, job: Job, phases: int) -> None:
+        """Count what others have read of this rank's memory, and what this rank has read of theirs."""
+        others = len(self._local.members) - 1
+        own = job.own_bytes(self._local.place)
+        there, here = job.flat.nbytes - own, own * others
+        self.stats.bytes_sent += there + (here if phases == 2 else 0)
+        self.stats.bytes_received += here + (there if phases == 2 else 0)
+
+    def _allocate_bytes(self, nbytes: int) -> Array:
+        """Allocate memory that all ranks on this machine map."""
+        own = Segment.create(nbytes)
+        try:
+            packed = memoryview(pack_path(own.path))
+            parts = {self.rank: own.array}
+            members = [self._links[member] for member in self._local.members if member != self.rank]
+            for link in members:
+                link.send(b"", packed)
+            for link in members:
+                told = bytearray(PATH_BYTES)
+                link.fill(memoryview(told))
+                parts[link.peer] = self._attach(unpack_path(told), nbytes, link.peer)
+            self._local.meet()
+        finally:
+            own.unlink()
+        self._local.add_region([parts[member] for member in self._local.members])
+        return own.array[:nbytes]
+
+    def _attach(self, path: str, nbytes: int, peer: int) -> Array:
+        try:
+            return Segment.attach(path, nbytes).array
+        except OSError as exc:
+            raise TransportError(f"Expected to open rank {peer}'s shared memory: {exc}") from exc

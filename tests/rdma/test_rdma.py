@@ -1,0 +1,187 @@
+"""The rdma protocol on a device: what it computes, and that it costs what it promises."""
+
+import json
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.register_assert_rewrite("sparktf.transport.testing")
+
+from sparktf.errors import ParamError, ProtocolError, TransportError  # noqa: E402
+from sparktf.transport import Settings  # noqa: E402
+from sparktf.transport.rdma_link import RdmaLink  # noqa: E402
+from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+class TestRdma(TransportConformance):
+    protocol = "rdma"
+
+
+def resources():
+    """Return what the kernel counts of the devices' queue pairs, queues and registrations."""
+    told = subprocess.run(["rdma", "-j", "resource", "show"], capture_output=True, check=True, timeout=60)
+    return json.loads(told.stdout)
+
+
+@pytest.mark.parametrize("nbytes", [4, KIB, 64 * KIB, 512 * KIB, 512 * KIB + 4, 8 * MIB, 64 * MIB])
+@pytest.mark.parametrize("allocated", [False, True])
+def test_transfers_of_any_size_arrive_as_they_were_sent(nbytes, allocated):
+    sent = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+
+    def main(comm):
+        array = comm.allocate(nbytes, np.uint8) if allocated else np.zeros(nbytes, np.uint8)
+        if comm.rank == 0:
+            array[:] = sent
+            comm.send(1, array)
+            return comm.stats.bytes_sent
+        comm.recv(0, array)
+        assert np.array_equal(array, sent)
+        return comm.stats.bytes_received
+
+    assert run_threads("rdma", 2, main) == [nbytes, nbytes]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("nbytes", [4, 100_000, 4 * MIB, 64 * MIB])
+def test_reductions_of_any_size_equal_those_of_numpy(size, nbytes):
+    pattern = np.resize(np.arange(1000, dtype=np.float32), nbytes // 4)
+
+    def main(comm):
+        array = comm.allocate(pattern.size, np.float32)
+        np.multiply(pattern, comm.rank + 1, out=array)
+        comm.all_reduce(array)
+        return bool(np.array_equal(array, pattern * (size * (size + 1) // 2)))
+
+    assert run_threads("rdma", size, main) == [True] * size
+
+
+def test_nothing_is_registered_after_the_first_step():
+    def main(comm):
+        bucket = comm.allocate(300_000, np.float32)
+        counts = []
+        for step in range(101):
+            bucket[:] = step
+            comm.all_reduce(bucket, "mean")
+            comm.all_reduce(np.full(200_000, step, np.float32), "mean")
+            comm.all_reduce(np.ones(3, np.float32))
+            assert bucket[-1] == step
+            counts.append(comm.stats.registrations)
+            if step in (0, 100):
+                # What the kernel says, while nobody is between two steps.
+                comm.barrier()
+                counts.append([device["mr"] for device in resources()])
+                comm.barrier()
+        assert counts[0] == counts[-2]
+        assert counts[1] == counts[-1]
+        return len(set(counts[2:-1]))
+
+    assert run_threads("rdma", 2, main) == [1, 1]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_allocated_arrays_travel_without_a_copy(size, monkeypatch):
+    copied = []
+    plain = RdmaLink._copy
+
+    def counted(link, fragment, start):
+        length = plain(link, fragment, start)
+        copied.append(length)
+        return length
+
+    def main(comm):
+        bucket = comm.allocate(1_000_000, np.float32)
+        other = np.ones(1_000_000, np.float32)
+        counts = []
+        for array in (bucket, other):
+            comm.barrier()
+            copied.clear()
+            comm.barrier()
+            comm.all_reduce(array)
+            comm.barrier()
+            counts.append(sum(copied))
+        return counts
+
+    monkeypatch.setattr(RdmaLink, "_copy", counted)
+    for allocated, other in run_threads("rdma", size, main):
+        # Headers and offers; and the whole array, as often as the ring sends it.
+        assert allocated < 10_000
+        assert other > 4_000_000
+
+
+def test_rdma_and_tcp_give_the_same_bits_side_by_side():
+    outcomes = {}
+
+    def main(comm):
+        values = np.random.default_rng(comm.rank).standard_normal(700_001).astype(np.float32)
+        return [comm.all_reduce(values.copy(), "mean").tobytes() for _ in range(3)]
+
+    def run(protocol):
+        outcomes[protocol] = run_threads(protocol, 3, main)
+
+    threads = [threading.Thread(target=run, args=(protocol,)) for protocol in ("rdma", "tcp")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes["rdma"] == outcomes["tcp"]
+    assert len({bits for rank in outcomes["rdma"] for bits in rank}) == 1
+
+
+def test_the_device_is_left_as_it_was_found():
+    def fine(comm):
+        comm.all_reduce(comm.allocate(300_000, np.float32))
+
+    def broken(comm):
+        fine(comm)
+        if comm.rank == 0:
+            raise ValueError("on purpose")
+        fine(comm)
+
+    before = resources()
+    for main in (fine, broken):
+        run_threads("rdma", 3, main)
+        assert resources() == before
+
+
+def test_auto_takes_rdma_where_every_rank_has_it():
+    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason))[0]
+    assert protocol == "rdma"
+    assert "every rank" in reason
+    alone = [Settings(), Settings(rdma_device="none0")]
+    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=alone)[0]
+    assert protocol != "rdma"
+    assert "rank 1: " in reason
+
+
+def test_a_device_that_is_not_there_is_an_error_on_every_rank():
+    first, second = run_threads("rdma", 2, lambda comm: None, settings=[Settings(), Settings(rdma_device="none0")])
+    assert isinstance(first, ProtocolError)
+    assert "rank 1 cannot use RDMA" in str(first)
+    assert isinstance(second, ProtocolError)
+    assert "Expected: none0. Received: " in str(second)
+
+
+@pytest.mark.skipif(not Path("/sys/class/infiniband/rxe1").exists(), reason="only the virtual machine has such a port")
+def test_a_port_that_is_down_is_named():
+    outcomes = run_threads("rdma", 2, lambda comm: None, settings=[Settings(rdma_device="rxe1")] * 2)
+    assert all(isinstance(outcome, ProtocolError) for outcome in outcomes)
+    assert any("rxe1: port 1 is not active" in str(outcome) for outcome in outcomes)
+
+
+def test_a_gid_that_is_not_there_is_an_error():
+    outcomes = run_threads("rdma", 2, lambda comm: None, settings=[Settings(rdma_gid_index=99)] * 2)
+    assert all(isinstance(outcome, TransportError) for outcome in outcomes)
+
+
+def test_arguments_are_still_checked_first():
+    def main(comm):
+        with pytest.raises(ParamError):
+            comm.all_reduce(np.array(["text"]))
+        return float(comm.all_reduce(np.ones(1))[0])
+
+    assert run_threads("rdma", 2, main) == [2.0, 2.0]

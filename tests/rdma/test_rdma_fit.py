@@ -1,0 +1,45 @@
+"""One whole fit on Spark over RDMA; in a pytest of its own, as it takes minutes where the machine is emulated."""
+
+import keras
+import numpy as np
+import pytest
+
+from sparktf import TFEstimator
+
+
+def fit(spark, protocol):
+    rows = [(float(x % 7), float(x % 5), float(x % 7 - x % 5)) for x in range(64)]
+    df = spark.createDataFrame(rows, ["a", "b", "label"])
+    keras.utils.set_random_seed(1)
+    # Large enough for its gradient to travel around the ring: 2 x 16 + 16 and 16 x 2048, 2048 x 1.
+    model = keras.Sequential(
+        [
+            keras.layers.Input((2,)),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.Dense(2048, "relu"),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("adam", "mse")
+    estimator = TFEstimator(
+        model=model,
+        inputCols=["a", "b"],
+        numWorkers=2,
+        epochs=2,
+        batchSize=8,
+        protocol=protocol,
+        timeout=900.0,
+        verbose=0,
+    )
+    return estimator.fit(df)
+
+
+@pytest.mark.timeout(1500)
+def test_a_fit_over_rdma_gives_the_weights_of_one_over_tcp(spark):
+    over_rdma, over_tcp = fit(spark, "grpc_rdma"), fit(spark, "tcp")
+    assert over_rdma.summary.protocol == "rdma"
+    assert over_tcp.summary.protocol == "tcp"
+    weights = over_rdma.model.get_weights(), over_tcp.model.get_weights()
+    assert all(np.array_equal(one, other) for one, other in zip(*weights, strict=True))
+    losses = over_rdma.summary.history["loss"]
+    assert losses.iloc[-1] < losses.iloc[0]

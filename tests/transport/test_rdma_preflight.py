@@ -1,0 +1,100 @@
+"""What asking for RDMA says where it cannot be had; what needs a device is in ``tests/rdma``."""
+
+import resource
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.register_assert_rewrite("sparktf.transport.testing")
+
+from sparktf.errors import HandshakeError, ParamError, ProtocolError  # noqa: E402
+from sparktf.transport import Settings, rdma, rdma_device  # noqa: E402
+from sparktf.transport.rdma_queue import Card  # noqa: E402
+from sparktf.transport.testing import run_threads  # noqa: E402
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@pytest.fixture
+def without_pyverbs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyverbs", None)
+    rdma_device.load_verbs.cache_clear()
+    yield
+    rdma_device.load_verbs.cache_clear()
+
+
+@pytest.mark.usefixtures("without_pyverbs")
+def test_without_pyverbs_every_rank_is_told_what_to_install():
+    outcomes = run_threads("rdma", 3, lambda comm: None)
+    assert all(isinstance(outcome, ProtocolError) for outcome in outcomes)
+    assert all("apt-get install python3-pyverbs" in str(outcome) for outcome in outcomes)
+
+
+@pytest.mark.usefixtures("without_pyverbs")
+def test_preflight_says_what_connecting_would():
+    assert "pyverbs, which is not installed" in rdma.preflight(Settings())
+
+
+def test_too_little_locked_memory_is_named_with_the_limit(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(rdma_device, "_may_lock_any", lambda: False)
+    rdma_device.check_locked_memory(8 << 20)
+    with pytest.raises(ProtocolError, match=r"needs 9 MiB of locked memory.*may lock: 8.0 MiB \(ulimit -l\)"):
+        rdma_device.check_locked_memory(9 << 20)
+
+
+def gid(index, text, kind="v2", port=1):
+    return SimpleNamespace(gid_index=index, port_num=port, gid_type=kind, text=text)
+
+
+@pytest.mark.parametrize(
+    ("entries", "best"),
+    [
+        ([gid(0, "fe80::1"), gid(1, "0000:0000:0000:0000:0000:ffff:0a4d:0001")], 1),
+        ([gid(0, "0000:0000:0000:0000:0000:ffff:0a4d:0001", "v1"), gid(1, "fe80::1", "v1"), gid(2, "fe80::1")], 2),
+        ([gid(0, "fe80::1", "ib")], 0),
+        ([gid(0, "0000:0000:0000:0000:0000:ffff:0a4d:0001", port=2), gid(3, "fe80::1")], 3),
+    ],
+)
+def test_the_default_gid_is_one_of_roce_v2_and_of_an_ipv4_address(entries, best):
+    texts = {(entry.port_num, entry.gid_index): entry.text for entry in entries}
+    context = SimpleNamespace(query_gid_table=lambda _: entries, query_gid=lambda port, index: texts[port, index])
+    verbs = SimpleNamespace(e=SimpleNamespace(IBV_GID_TYPE_ROCE_V2="v2"))
+    assert rdma_device._best_gid(verbs, context, 1) == best
+
+
+def test_the_environment_chooses_device_port_and_gid(monkeypatch):
+    assert Settings.from_environment() == Settings()
+    for name, value in (("DEVICE", "mlx5_1"), ("PORT", "2"), ("GID_INDEX", "3")):
+        monkeypatch.setenv(f"SPARKTF_RDMA_{name}", value)
+    assert Settings.from_environment() == Settings(rdma_device="mlx5_1", rdma_port=2, rdma_gid_index=3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "0"), ("PORT", "one"), ("GID_INDEX", "-1"), ("DEVICE", "")])
+def test_a_variable_that_cannot_be_meant_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(f"SPARKTF_RDMA_{name}", value)
+    with pytest.raises(ParamError, match="Received"):
+        Settings.from_environment()
+
+
+def test_a_card_survives_its_way():
+    card = Card(7, 1 << 23, "fe80::1", 0, 5, 1 << 46, 4711)
+    assert Card.from_json(card.to_json()) == card
+
+
+@given(JSON, st.sampled_from(sorted(Card.__dataclass_fields__)))
+def test_what_is_no_card_is_refused(value, field):
+    card = Card(7, 1 << 23, "fe80::1", 0, 5, 1 << 46, 4711).to_json()
+    if type(value) is type(card[field]):
+        return
+    with pytest.raises(HandshakeError, match="card"):
+        rdma._read_card({"cards": {"1": {**card, field: value}}}, 0, 1)
+    with pytest.raises(HandshakeError, match="card"):
+        rdma._read_card({"cards": value}, 0, 1)
