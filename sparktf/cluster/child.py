@@ -180,12 +180,12 @@ def main(descriptor: int) -> int:
 def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     from pyspark import cloudpickle
 
-    from sparktf.cluster.threads import start_tensorflow
+    from sparktf.cluster.threads import op_threads, start_tensorflow
     from sparktf.cluster.training import make_model, train
     from sparktf.distribute.custom_objects import registered
 
     job: TrainJob = told["job"]
-    start_tensorflow(told["threads"])
+    start_tensorflow(told["threads"], op_threads(told["threads"], job.world_size, told["archive"]))
     program: Program = cloudpickle.loads(job.program)
 
     def exchange(payload: bytes) -> list[bytes]:

@@ -20,7 +20,7 @@ from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.spooling import RefusedRows, spool_partition
-from sparktf.cluster.threads import start_tensorflow, threads_for
+from sparktf.cluster.threads import op_threads, start_tensorflow, threads_for
 from sparktf.cluster.training import make_model, train
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
@@ -159,9 +159,9 @@ def _train(
     batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
 ) -> list[Result]:
     started = time.monotonic()
-    available = start_tensorflow(threads)
-    program: Program = cloudpickle.loads(job.program)
     archive = job.archive_bytes()
+    available = start_tensorflow(threads, op_threads(threads, job.world_size, archive))
+    program: Program = cloudpickle.loads(job.program)
     chief = communicator.rank == 0
     report, interval = control.progress, min(_MEET_SECONDS, job.timeout / 4)
     with registered(program.custom_objects):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sparktf.distribute.buckets import FIRST_BYTES
 from sparktf.quiet import quiet_stderr
 
 # Of this process, once they are set: TensorFlow cannot change them after its first use. 0: not known, because
@@ -32,12 +33,33 @@ def threads_for(wanted: int, executor_cores: int, nodes_on_executor: int) -> int
     return max(1, min(executor_cores or machine, machine) // max(1, nodes_on_executor))
 
 
-def start_tensorflow(threads: int) -> int:
+def op_threads(threads: int, world_size: int, archive: bytes | None) -> int:
+    """Return how many threads run ops, of a node that has `threads` to compute with.
+
+    A single one works through a whole backward pass before it comes to handing over the first gradients, so that none
+    would be sent meanwhile. A second one costs: small ops compute on it, on a core that may be another node's. So there
+    is one only where gradients are sent in several buckets.
+
+    Parameters
+    ----------
+    threads, world_size : int
+    archive : bytes or None
+        The job's model; None where its size is not known.
+    """
+    in_buckets = world_size > 1 and (archive is None or len(archive) > FIRST_BYTES)
+    return max(2, threads) if in_buckets else threads
+
+
+def start_tensorflow(threads: int, ops: int | None = None) -> int:
     """Import TensorFlow and Keras without their notices, and set TensorFlow's threads where that can still be done.
 
     Parameters
     ----------
     threads : int
+        That compute.
+    ops : int, optional
+        Threads that run ops; `threads` by default. A process that was started with others keeps them: it computes the
+        same with them.
 
     Returns
     -------
@@ -51,9 +73,8 @@ def start_tensorflow(threads: int) -> int:
     if _threads is None:
         try:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
-            # Ops run on these, and small ones compute on them: one more than asked for is one more that computes. A
-            # step's reduce blocks one of them, when all else that the step can do is done; input has its own.
-            tf.config.threading.set_inter_op_parallelism_threads(threads)
+            # A step's reduce blocks one of them, when all else that the step can do is done; input has its own.
+            tf.config.threading.set_inter_op_parallelism_threads(ops or threads)
             _threads = threads
         except RuntimeError:
             _threads = 0

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sparktf.cluster.threads import threads_for
+from sparktf.cluster.threads import op_threads, threads_for
 
 
 def _run(program: str) -> subprocess.CompletedProcess[str]:
@@ -39,3 +39,10 @@ def test_threads_are_the_ones_asked_for_or_a_share_of_the_executors_cores(
     wanted: int, cores: int, nodes: int, threads: int
 ) -> None:
     assert threads_for(wanted, cores, nodes) == threads
+
+
+def test_a_lone_computing_thread_has_one_beside_it_where_gradients_go_in_several_buckets() -> None:
+    large, small = bytes(2 << 20), bytes(1000)
+    assert [op_threads(1, 2, archive) for archive in (large, small, None)] == [2, 1, 2]
+    assert [op_threads(threads, 2, large) for threads in (2, 4)] == [2, 4]
+    assert op_threads(1, 1, large) == 1
