@@ -1,4 +1,4 @@
-"""A node in a fresh child process, for what TensorFlow can only be told when it starts (its threads).
+"""A node in a fresh child process, for what TensorFlow can only be told when it starts: its threads, its cluster.
 
 The Spark task stays the parent: it has spooled the partition, whose descriptors the child inherits, and it holds the
 rendezvous, which it lends to the child over a socket pair. The child dies with its parent.
@@ -183,6 +183,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     from sparktf.cluster.threads import op_threads, start_tensorflow
     from sparktf.cluster.training import make_model, train
     from sparktf.distribute.custom_objects import registered
+    from sparktf.distribute.grpc import GrpcReducer, start_cluster
 
     job: TrainJob = told["job"]
     start_tensorflow(told["threads"], op_threads(told["threads"], job.world_size, told["archive"]))
@@ -200,7 +201,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
         Spool.from_fds(told["spool"], told["fds"]) as spool,
         registered(program.custom_objects),
         connect(
-            job.protocol,
+            job.transport,
             rank=told["rank"],
             size=job.world_size,
             exchange=exchange,
@@ -209,6 +210,10 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             host=told["host"],
         ) as communicator,
     ):
+        reducer = None
+        if job.over_grpc:
+            cluster = start_cluster(communicator, told["host"])  # noqa: F841  # it ends with its last reference
+            reducer = GrpcReducer(communicator, job.timeout)
         model = make_model(told["archive"], program, job.settings.seed)
         return train(
             job,
@@ -219,6 +224,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             communicator,
             report if told["report"] else None,
             told["save"],
+            reducer,
         )
 
 

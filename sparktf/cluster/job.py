@@ -10,6 +10,8 @@ from sparktf.cluster.control import ControlAddress
 from sparktf.data.columns import ColumnSpec
 from sparktf.distribute.fit import FitSettings
 
+GRPC = "grpc"
+
 Pack = Callable[[dict[str, Any]], Any]
 
 
@@ -57,6 +59,7 @@ class TrainJob:
     control : ControlAddress or None
         None where nodes cannot reach the driver (Spark Connect).
     protocol : str
+        One of the transport's, or ``"grpc"``: TensorFlow's own collectives for the gradients.
     timeout : float
         Seconds without progress.
     versions : mapping of str to str
@@ -88,6 +91,16 @@ class TrainJob:
     program: bytes = field(repr=False)
     result_limit: int | None = None
     archive: Any = field(repr=False, default=None)
+
+    @property
+    def over_grpc(self) -> bool:
+        """Whether gradients go over TensorFlow's own collectives; a lone worker sends none."""
+        return self.protocol == GRPC and self.world_size > 1
+
+    @property
+    def transport(self) -> str:
+        """The communicator's protocol."""
+        return "auto" if self.protocol == GRPC else self.protocol
 
     def archive_bytes(self) -> bytes | None:
         """Return the archive, wherever it is; on a node."""

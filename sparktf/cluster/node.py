@@ -17,7 +17,7 @@ from pyspark import cloudpickle
 from sparktf.cluster.child import train_in_child
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
-from sparktf.cluster.job import Program, TrainJob
+from sparktf.cluster.job import GRPC, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import op_threads, start_tensorflow, threads_for
@@ -33,6 +33,7 @@ REPORT, MODEL, REFUSED = "report", "model", "refused"
 
 # Ranks that spool meet this often, in seconds.
 _MEET_SECONDS = 10.0
+_ASKED_FOR_GRPC = "protocol='grpc' was asked for"
 _FITS, _NEEDS_CHILD = b"fits", b"child"
 
 Exchange = Callable[[bytes], list[bytes]]
@@ -145,7 +146,7 @@ def _run(
 
 def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communicator:
     return connect(
-        job.protocol,
+        job.transport,
         rank=rank,
         size=job.world_size,
         exchange=exchange,
@@ -172,8 +173,8 @@ def _train(
         with spool_partition(batches, specs, communicator, interval, control.alive) as spool:
             fed = time.monotonic()
             # This process may have an earlier job's threads, for good. Sums over another number of threads differ in
-            # their last bits, so that a fit takes its own in any case.
-            fits = threads == available
+            # their last bits, so that a fit takes its own in any case. And TensorFlow's cluster needs a fresh process.
+            fits = threads == available and not job.over_grpc
             all_fit = all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD))
             if all_fit:
                 told = train(job, program, model, specs, spool, communicator, report, chief)
@@ -184,8 +185,8 @@ def _train(
             else:
                 told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
         told |= {
-            "protocol": communicator.protocol,
-            "protocol_reason": communicator.reason,
+            "protocol": GRPC if job.over_grpc else communicator.protocol,
+            "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else communicator.reason,
             "start_seconds": made - started,
             "feed_seconds": fed - made,
         }

@@ -19,6 +19,7 @@ from sparktf.data.tfdata import evaluation_dataset, training_dataset
 from sparktf.distribute.build import build_model
 from sparktf.distribute.fit import FitReport, FitSettings, Order, RankRows, fit_rank
 from sparktf.distribute.optimizer import find_optimizers
+from sparktf.distribute.reducer import GradientReducer
 from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
@@ -75,6 +76,7 @@ def train(
     communicator: Communicator,
     report: Callable[[dict[str, Any]], None] | None,
     save: bool,
+    reducer: GradientReducer | None = None,
 ) -> dict[str, Any]:
     """Train a model on a spooled partition, together with the other ranks.
 
@@ -91,6 +93,8 @@ def train(
         Receives progress.
     save : bool
         Save the trained model.
+    reducer : GradientReducer, optional
+        Sums the gradients; by default over the communicator.
 
     Returns
     -------
@@ -125,7 +129,7 @@ def train(
     build_model(model, _first_batch(training, rows, settings))
     check_returnable(state_bytes(model), job.result_limit)
     callbacks = program.callbacks
-    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report)
+    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report, reducer)
     return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
 
 

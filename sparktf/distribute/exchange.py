@@ -49,6 +49,7 @@ class GradientExchange:
         sizes = [(dtype, int(np.prod(shape))) for dtype, shape in kinds]
         self.buckets: list[Bucket] = plan_buckets(sizes, buckets.FIRST_BYTES, buckets.BUCKET_BYTES)
         self._sets: list[list[Array]] = []
+        self._agreed = False
         self._turn = 0
         self._lock = threading.Lock()
         self._full: set[int] = set()
@@ -64,7 +65,7 @@ class GradientExchange:
             Ranks have different gradients.
         """
         if not self._sets:
-            self._agree()
+            self.agree()
             # One element more than the gradients need, for the stop flag.
             self._sets = [
                 [_aligned_zeros(self._communicator, b.size + 1, b.dtype) for b in self.buckets] for _ in range(2)
@@ -141,7 +142,16 @@ class GradientExchange:
         self._communicator.all_reduce(buffer)
         return time.perf_counter() - began
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
+        """Check, once, that all ranks have the same gradients.
+
+        Raises
+        ------
+        HandshakeError
+            They do not.
+        """
+        if self._agreed:
+            return
         signature = [(dtype.name, shape) for dtype, shape in self._kinds]
         digest = hashlib.blake2b(repr(signature).encode(), digest_size=16).digest()
         everyones = self._communicator.all_gather_bytes(digest)
@@ -151,6 +161,7 @@ class GradientExchange:
                 f"Expected the same gradients on every rank, received others on ranks {differing} than on rank 0; "
                 f"this rank has {signature}. Build the same model on every rank (modelFn must not depend on the rank)."
             )
+        self._agreed = True
 
 
 def _aligned_zeros(communicator: Communicator, elements: int, dtype: np.dtype[Any]) -> Array:

@@ -91,6 +91,7 @@ def fit_rank(
     settings: FitSettings,
     callbacks: Sequence[Any] = (),
     report: Callable[[dict[str, Any]], None] | None = None,
+    reducer: GradientReducer | None = None,
 ) -> FitReport:
     """Train a compiled Keras model together with the other ranks.
 
@@ -112,6 +113,8 @@ def fit_rank(
         This rank's own copies of all of the user's callbacks.
     report : callable, optional
         Receives progress (see `progress_callback`).
+    reducer : GradientReducer, optional
+        Sums the gradients; closed at the end. Default: one over the communicator.
 
     Returns
     -------
@@ -131,8 +134,10 @@ def fit_rank(
     plan = StepPlan(rows=rows.training, batch_size=settings.batch_size)
     if plan.steps == 0:
         raise DataError("Expected rows to train on, received an empty DataFrame (or only validation rows).")
-    with GradientReducer(communicator) as reducer:
-        return _fit_in_step(model, communicator, reducer, rows, plan, training, validation, settings, callbacks, report)
+    with reducer or GradientReducer(communicator) as reducing:
+        return _fit_in_step(
+            model, communicator, reducing, rows, plan, training, validation, settings, callbacks, report
+        )
 
 
 def _fit_in_step(
@@ -224,9 +229,10 @@ def _fit(model: Any, reducer: GradientReducer, dataset: Any, **arguments: Any) -
     try:
         model.fit(dataset, verbose=0, shuffle=False, **arguments)
     except tf.errors.OpError as error:
-        if reducer.failure is not None:
-            # TensorFlow's own error holds only the text of what was raised inside the step.
-            raise reducer.failure from error
+        # TensorFlow's own error holds only the text of what was raised inside the step.
+        reason = reducer.explain(error)
+        if reason is not None:
+            raise reason from error
         raise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sparktf.distribute.derive import derive, restore
-from sparktf.distribute.reducer import GradientReducer
+from sparktf.distribute.reducer import GradientReducer, weigh
 from sparktf.errors import ParamError
 
 
@@ -29,7 +29,7 @@ class _ReducingMixin:
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         share = self._sparktf_share()
         if accumulates(self):
-            grads = [None if gradient is None else _weigh(gradient, share) for gradient in grads]
+            grads = [None if gradient is None else weigh(gradient, share) for gradient in grads]
         else:
             grads = self._sparktf_reduced(grads, share)
         return super().apply(grads, trainable_variables)  # type: ignore[misc]
@@ -52,16 +52,6 @@ class _ReducingMixin:
 def accumulates(optimizer: Any) -> bool:
     """Tell whether an optimizer adds up the gradients of several steps before it updates the variables."""
     return bool(getattr(optimizer, "gradient_accumulation_steps", None))
-
-
-def _weigh(gradient: Any, share: Any) -> Any:
-    """Multiply a gradient by the rank's share; where that is 0, by selection: 0 * NaN would be NaN."""
-    import tensorflow as tf
-
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_weigh(gradient.values, share), gradient.indices, gradient.dense_shape)
-    weighted = gradient * tf.cast(share, gradient.dtype)
-    return tf.where(share > 0, weighted, tf.zeros_like(gradient))
 
 
 def find_optimizers(model: Any) -> list[Any]:

@@ -52,6 +52,10 @@ class GradientReducer:
         # What it is in the middle of ends within the communicator's timeout.
         self._thread.shutdown(cancel_futures=True)
 
+    def explain(self, error: BaseException) -> BaseException | None:
+        """Return what was behind an error that TensorFlow raised in a step; None where it was TensorFlow's own."""
+        return self.failure
+
     @property
     def hidden_seconds(self) -> float:
         """Seconds of communication that no step waited for, as TensorFlow computed meanwhile."""
@@ -223,6 +227,22 @@ class GradientReducer:
         except SparktfError as error:
             self.failure = error
             raise
+
+
+def weigh(gradient: Any, share: Any) -> Any:
+    """Multiply a gradient by the rank's share; where that is 0, by selection: 0 * NaN would be NaN.
+
+    Parameters
+    ----------
+    gradient : tensor or IndexedSlices
+    share : scalar tensor
+    """
+    import tensorflow as tf
+
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(weigh(gradient.values, share), gradient.indices, gradient.dense_shape)
+    weighted = gradient * tf.cast(share, gradient.dtype)
+    return tf.where(share > 0, weighted, tf.zeros_like(gradient))
 
 
 def _listed(outputs: Any) -> list[Any]:

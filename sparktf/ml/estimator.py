@@ -69,7 +69,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         TensorFlow threads of a node; 0 for the executor's cores divided by the nodes on it.
     mode : {"sync"}
         Every step's gradient is that of one process on the global batch.
-    protocol : {"auto", "tcp", "shm", "rdma"}
+    protocol : {"auto", "tcp", "shm", "rdma", "grpc"}
         How nodes exchange gradients.
     callbacks : list of keras.callbacks.Callback
         Every node runs its own copies; those that write files run on the chief only.

@@ -23,10 +23,11 @@ from pyspark.ml.param.shared import (
     HasWeightCol,
 )
 
+from sparktf.cluster.job import GRPC
 from sparktf.ml import converters as to
 from sparktf.transport import protocols
 
-_PLANNED_PROTOCOLS = {"grpc": "TensorFlow's collectives"}
+_PROTOCOLS = (*protocols(), GRPC)
 
 
 def _param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
@@ -196,13 +197,9 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     )
     protocol = _param(
         "protocol",
-        f"how nodes exchange gradients: {', '.join(protocols())}; 'auto' chooses and logs its choice.",
-        to.choice(
-            "protocol",
-            protocols(),
-            {name: meaning for name, meaning in _PLANNED_PROTOCOLS.items() if name not in protocols()},
-            {"grpc_rdma": "rdma"},
-        ),
+        f"how nodes exchange gradients: {', '.join(_PROTOCOLS)}; 'auto' chooses and logs its choice, 'grpc' is "
+        "TensorFlow's own.",
+        to.choice("protocol", _PROTOCOLS, aliases={"grpc_rdma": "rdma"}),
     )
     compression = _param(
         "compression",

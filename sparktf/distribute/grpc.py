@@ -1,0 +1,137 @@
+"""Gradients over TensorFlow's own collectives: a ring over gRPC.
+
+Only the gradients go this way; all else that ranks agree on uses the communicator. TensorFlow's cluster can be set up
+once in a process, so this is for nodes in fresh ones.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import numpy as np
+
+from sparktf.distribute.exchange import Array, GradientExchange
+from sparktf.distribute.reducer import GradientReducer, weigh
+from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
+from sparktf.transport import Communicator
+
+# Any number that TensorFlow itself does not count up to.
+_GROUP_KEY = 0x5F54
+
+
+def start_cluster(communicator: Communicator, host: str) -> Any:
+    """Make this process a worker in a TensorFlow cluster of all ranks.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        The rendezvous.
+    host : str
+        The address of this rank that the others reach.
+
+    Returns
+    -------
+    object
+        Keep it: the cluster ends with it.
+
+    Raises
+    ------
+    TransportError
+        TensorFlow cannot listen.
+    """
+    import tensorflow as tf
+
+    with socket.create_server((host, 0)) as held:
+        # Held until all know it; TensorFlow does not listen beside another socket, so that it must be let go then.
+        mine = f"{host}:{held.getsockname()[1]}"
+        addresses = [address.decode() for address in communicator.all_gather_bytes(mine.encode())]
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": addresses}), task_type="worker", task_id=communicator.rank, rpc_layer="grpc"
+    )
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    except tf.errors.OpError as error:
+        raise TransportError(
+            f"rank {communicator.rank}: expected TensorFlow to serve on {mine}, received: {error.message}. Another "
+            "process has taken the port in this moment; fit again."
+        ) from error
+
+
+class GrpcReducer(GradientReducer):
+    """Sums gradients by TensorFlow's ``CollectiveReduceV2``, one op a bucket; see `GradientReducer`.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        Of the same ranks as the cluster.
+    timeout : float
+        Seconds that one reduce may take.
+    """
+
+    def __init__(self, communicator: Communicator, timeout: float) -> None:
+        super().__init__(communicator)
+        self._timeout = timeout
+        self._instances: dict[int, int] = {}
+
+    def _trace(self, exchange: GradientExchange, tensors: list[Any], slices: list[Any], share: Any) -> list[Any]:
+        import tensorflow as tf
+
+        def begin() -> Array:
+            exchange.agree()
+            return np.array(self._stop_requested, np.float32)
+
+        stop = tf.numpy_function(self._guarded(begin), [], tf.float32, stateful=True)
+        stop.set_shape(())
+        results: list[Any] = [None] * len(tensors)
+        for number, bucket in enumerate(exchange.buckets):
+            parts = [tf.cast(tensors[place.gradient], bucket.dtype) for place in bucket.places]
+            flat = [tf.reshape(weigh(part, share), (-1,)) for part in parts]
+            summed = self._reduced(tf.concat([*flat, [tf.cast(stop, bucket.dtype)]], 0), exchange, number)
+            pieces = tf.split(summed, [*(place.stop - place.start for place in bucket.places), 1])
+            for place, piece in zip(bucket.places, pieces, strict=False):
+                tensor = tensors[place.gradient]
+                results[place.gradient] = tf.cast(tf.reshape(piece, tensor.shape), tensor.dtype)
+            flag = pieces[-1]
+
+        def finish(flag: Array, share: Array, *arrays: Array) -> list[Array]:
+            self.stop_agreed = self.stop_agreed or bool(flag[0] > 0)
+            return [np.array(0), *self._gather(float(share), arrays)]
+
+        dtypes = [tf.int64, *(s.dtype for s in slices)]
+        done, *gathered = tf.numpy_function(self._guarded(finish), [flag, share, *slices], dtypes, stateful=True)
+        with tf.control_dependencies([done]):
+            return [*(tf.identity(result) for result in results), *gathered]
+
+    def _reduced(self, flat: Any, exchange: GradientExchange, number: int) -> Any:
+        import tensorflow as tf
+
+        # Exchanges are made, and so numbered, in one order on all ranks.
+        first = self._instances.setdefault(id(exchange), sum(len(e.buckets) for e in self._exchanges.values()))
+        return tf.raw_ops.CollectiveReduceV2(
+            input=flat,
+            group_size=self._communicator.size,
+            group_key=_GROUP_KEY,
+            instance_key=first + number,
+            ordering_token=[],
+            merge_op="Add",
+            final_op="Id",
+            communication_hint="ring",
+            timeout_seconds=self._timeout,
+            is_stateless=False,
+            max_subdivs_per_device=-1,
+        )
+
+    def explain(self, error: BaseException) -> BaseException | None:
+        """Find the peer behind a collective that failed: the communicator knows who is gone."""
+        import tensorflow as tf
+
+        known = super().explain(error)
+        lost = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
+        if known is not None or not isinstance(error, (*lost, tf.errors.CancelledError)):
+            return known
+        try:
+            self._communicator.barrier()
+        except (PeerLostError, TransportTimeoutError) as reason:
+            return reason
+        return None
