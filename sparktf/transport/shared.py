@@ -21,8 +21,10 @@ from sparktf.transport.contract import Array
 from sparktf.transport.link import Link
 from sparktf.transport.reduction import combine, finish, shard_bounds
 
-# A chunk passes through a processor's second-level cache several times.
-CHUNK_BYTES = 1024 * 1024
+# What is reduced before it is shared. Small enough to be found in a cache again, large enough that two meetings a
+# chunk cost little; arrays that are read in place pass through the caches once less.
+CHUNK_BYTES = 2 * 1024 * 1024
+_IN_PLACE_BYTES = 4 * 1024 * 1024
 # Every rank's staging memory: two slots for what comes in and two for what goes out.
 STAGING_BYTES = 4 * CHUNK_BYTES
 # Partial sums stay in the first- or second-level cache while the arrays of all ranks stream past.
@@ -62,7 +64,8 @@ class Job:
         self.bounds = shard_bounds(flat.size, shards)
         per_line = _ALIGNMENT // flat.itemsize
         # Whole cache lines, so that no two ranks write to the same one.
-        self.width = max(1, CHUNK_BYTES // shards // flat.itemsize // per_line) * per_line
+        chunk_bytes = CHUNK_BYTES if sources is None else _IN_PLACE_BYTES
+        self.width = max(1, chunk_bytes // shards // flat.itemsize // per_line) * per_line
 
     def own_bytes(self, place: int) -> int:
         """Return how many bytes the shard of a place has, 0 where it has none."""
@@ -205,13 +208,16 @@ class SharedGroup:
             return
         slot = self._slot(self._incoming, self.place, job, chunk)
         for shard in range(len(job.bounds)):
-            part = job.flat[job.piece(shard, chunk)]
-            slot[shard * job.width : shard * job.width + part.size] = part
+            if shard != self.place:
+                part = job.flat[job.piece(shard, chunk)]
+                slot[shard * job.width : shard * job.width + part.size] = part
         self.meet()
         if own.size:
             start = self.place * job.width
             slots = [self._slot(self._incoming, place, job, chunk) for place in range(len(self.members))]
-            self._combine(job.op, [slot[start : start + own.size] for slot in slots], own)
+            sources = [slot[start : start + own.size] for slot in slots]
+            sources[self.place] = own
+            self._combine(job.op, sources, own)
 
     def _share_chunk(self, job: Job, chunk: int) -> None:
         own = self._own(job, chunk)
