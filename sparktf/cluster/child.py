@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,8 @@ from sparktf.errors import NodeError, PeerLostError, own_error
 from sparktf.transport import Communicator, connect
 from sparktf.transport.framing import recv_frame, send_frame
 
-_JOB, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 6)
-# The job itself is the largest: a model of any size.
+_JOB, _PIECE, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 7)
+# The job itself is the largest: whatever its program carries.
 _FRAME_LIMIT = 1 << 40
 _SEND_SECONDS = 60.0
 _EXIT_SECONDS = 10.0
@@ -36,7 +37,6 @@ _PR_SET_PDEATHSIG = 1
 
 def train_in_child(
     job: TrainJob,
-    archive: bytes | None,
     specs: list[ColumnSpec],
     spool: Spool,
     communicator: Communicator,
@@ -50,8 +50,6 @@ def train_in_child(
     Parameters
     ----------
     job : TrainJob
-    archive : bytes or None
-        The job's model.
     specs : list of ColumnSpec
     spool : Spool
     communicator : Communicator
@@ -82,9 +80,9 @@ def train_in_child(
                 command, pass_fds=(theirs.fileno(), *fds), env=environment, stdin=subprocess.DEVNULL
             )
         told = {
-            # Its archive travels beside it: a broadcast variable cannot be pickled on a worker.
+            # Its archive follows: a broadcast variable cannot be pickled on a worker.
             "job": replace(job, archive=None),
-            "archive": archive,
+            "archive": job.archive is not None,
             "specs": specs,
             "spool": spool.describe(),
             "fds": fds,
@@ -99,6 +97,8 @@ def train_in_child(
             # lost while the children meet is the peer's failure, not the child's.
             with contextlib.suppress(PeerLostError):
                 send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
+                for piece in itertools.chain(job.archive.pieces(), [b""]) if job.archive is not None else ():
+                    send_frame(ours, _PIECE, piece, _SEND_SECONDS)
             outcome = _serve(ours, communicator, report)
         finally:
             # Wakes a child that still waits for an answer.
@@ -199,7 +199,9 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     with (
         Spool.from_fds(told["spool"], told["fds"]) as spool,
         registered(program.custom_objects),
-        connect(
+    ):
+        model = make_model(_pieces(sock) if told["archive"] else None, program, job.settings.seed)
+        with connect(
             job.protocol,
             rank=told["rank"],
             size=job.world_size,
@@ -207,19 +209,23 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             secret=job.secret,
             timeout=job.timeout,
             host=told["host"],
-        ) as communicator,
-    ):
-        model = make_model(told["archive"], program, job.settings.seed)
-        return train(
-            job,
-            program,
-            model,
-            told["specs"],
-            spool,
-            communicator,
-            report if told["report"] else None,
-            told["save"],
-        )
+        ) as communicator:
+            return train(
+                job,
+                program,
+                model,
+                told["specs"],
+                spool,
+                communicator,
+                report if told["report"] else None,
+                told["save"],
+            )
+
+
+def _pieces(sock: socket.socket) -> Iterator[bytes]:
+    """Yield the archive as the parent sends it, up to an empty frame."""
+    while piece := recv_frame(sock, _SEND_SECONDS, _FRAME_LIMIT)[1]:
+        yield bytes(piece)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ class StartWatch:
         self._completed = 0
         self._ended = False
 
-    def __call__(
-        self, stages: Iterable[Any] | None, inflight_tasks: int, operation_id: str | None, done: bool
-    ) -> None:
+    def __call__(self, stages: Iterable[Any] | None, inflight_tasks: int, operation_id: str | None, done: bool) -> None:
         """Take one of Spark's reports; they come every few seconds while an operation runs."""
         # A session has one list of handlers for all its operations; each reports in the thread that waits for it.
         if threading.get_ident() != self._thread or self._ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,20 @@ class Feed(Protocol):
 
     def packs(self, model: Any) -> tuple[Pack, Pack]:
         """Return what arranges inputs, and labels, as the model takes them."""
+
+
+class Payload(Protocol):
+    """A model's archive on its way to the workers."""
+
+    @property
+    def message_bytes(self) -> int:
+        """What it adds to the message that submits the job."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the archive's bytes, on a worker."""
+
+    def close(self) -> None:
+        """Take back what was sent, on the driver."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +84,8 @@ class TrainJob:
         A pickled `Program`.
     result_limit : int or None
         Bytes that a job's result may have, where the trained model is part of it; None for any number.
-    archive : object
-        A compiled model as the bytes of a ``.keras`` archive, or something with a ``.value`` that gives them (a
-        broadcast variable); None where the program's function makes the model.
+    archive : Payload or None
+        None where the program's function makes the model.
     """
 
     job_id: str
@@ -87,9 +100,4 @@ class TrainJob:
     executor_cores: int
     program: bytes = field(repr=False)
     result_limit: int | None = None
-    archive: Any = field(repr=False, default=None)
-
-    def archive_bytes(self) -> bytes | None:
-        """Return the archive, wherever it is; on a node."""
-        data: bytes | None = getattr(self.archive, "value", self.archive)
-        return data
+    archive: Payload | None = field(repr=False, default=None)

@@ -161,11 +161,10 @@ def _train(
     started = time.monotonic()
     available = start_tensorflow(threads)
     program: Program = cloudpickle.loads(job.program)
-    archive = job.archive_bytes()
     chief = communicator.rank == 0
     report, interval = control.progress, min(_MEET_SECONDS, job.timeout / 4)
     with registered(program.custom_objects):
-        model = make_model(archive, program, job.settings.seed)
+        model = make_model(job.archive.pieces() if job.archive is not None else None, program, job.settings.seed)
         specs = program.feed.specs(model)
         made = time.monotonic()
         control.alive()
@@ -182,7 +181,7 @@ def _train(
                 with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
                     told = train(job, program, model, specs, spool, group, report, chief)
             else:
-                told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
+                told = train_in_child(job, specs, spool, communicator, host, threads, report, chief)
         told |= {
             "protocol": communicator.protocol,
             "protocol_reason": _reason(job, communicator),

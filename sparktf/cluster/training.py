@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sparktf.cluster.connect import check_returnable
@@ -23,12 +23,13 @@ from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
 
-def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
+def make_model(pieces: Iterable[bytes] | None, program: Program, seed: int) -> Any:
     """Return the job's compiled model, from its archive or its function.
 
     Parameters
     ----------
-    archive : bytes or None
+    pieces : iterable of bytes or None
+        The archive.
     program : Program
     seed : int
         Set before the function is called, so that every rank and every fit initialises alike.
@@ -42,8 +43,8 @@ def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
 
     # Numpy takes 32 bits.
     keras.utils.set_random_seed(seed % 2**32)
-    if archive is not None:
-        return load_model(archive)
+    if pieces is not None:
+        return load_model(pieces)
     assert program.model_fn is not None  # the driver has checked that one of the two is given
     model = program.model_fn()
     if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
@@ -52,14 +53,14 @@ def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
     return model
 
 
-def load_model(archive: bytes) -> Any:
+def load_model(pieces: Iterable[bytes]) -> Any:
     """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
     import keras
 
     with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
         path = os.path.join(directory, "model.keras")
         with open(path, "wb") as file:
-            file.write(archive)
+            file.writelines(pieces)
         with warnings.catch_warnings():
             # A model that was never trained has no optimizer variables to load, and Keras warns of that.
             warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
