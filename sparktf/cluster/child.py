@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -15,19 +16,20 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from sparktf.cluster.job import Program, TrainJob
+from sparktf.cluster.threads import op_threads
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
 from sparktf.errors import NodeError, PeerLostError, own_error
 from sparktf.transport import Communicator, connect
 from sparktf.transport.framing import recv_frame, send_frame
 
-_JOB, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 6)
-# The job itself is the largest: a model of any size.
+_JOB, _PIECE, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 7)
+# The job itself is the largest: whatever its program carries.
 _FRAME_LIMIT = 1 << 40
 _SEND_SECONDS = 60.0
 _EXIT_SECONDS = 10.0
@@ -36,7 +38,6 @@ _PR_SET_PDEATHSIG = 1
 
 def train_in_child(
     job: TrainJob,
-    archive: bytes | None,
     specs: list[ColumnSpec],
     spool: Spool,
     communicator: Communicator,
@@ -50,8 +51,6 @@ def train_in_child(
     Parameters
     ----------
     job : TrainJob
-    archive : bytes or None
-        The job's model.
     specs : list of ColumnSpec
     spool : Spool
     communicator : Communicator
@@ -82,15 +81,16 @@ def train_in_child(
                 command, pass_fds=(theirs.fileno(), *fds), env=environment, stdin=subprocess.DEVNULL
             )
         told = {
-            # Its archive travels beside it: a broadcast variable cannot be pickled on a worker.
+            # Its archive follows: a broadcast variable cannot be pickled on a worker.
             "job": replace(job, archive=None),
-            "archive": archive,
+            "archive": job.archive is not None,
             "specs": specs,
             "spool": spool.describe(),
             "fds": fds,
             "rank": communicator.rank,
             "host": host,
             "threads": threads,
+            "ops": op_threads(threads, job.world_size, job.small_model),
             "report": report is not None,
             "save": save,
         }
@@ -99,6 +99,8 @@ def train_in_child(
             # lost while the children meet is the peer's failure, not the child's.
             with contextlib.suppress(PeerLostError):
                 send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
+                for piece in itertools.chain(job.archive.pieces(), [b""]) if job.archive is not None else ():
+                    send_frame(ours, _PIECE, piece, _SEND_SECONDS)
             outcome = _serve(ours, communicator, report)
         finally:
             # Wakes a child that still waits for an answer.
@@ -180,13 +182,13 @@ def main(descriptor: int) -> int:
 def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     from pyspark import cloudpickle
 
-    from sparktf.cluster.threads import op_threads, start_tensorflow
-    from sparktf.cluster.training import make_model, train
+    from sparktf.cluster.threads import start_tensorflow
+    from sparktf.cluster.training import archive_file, make_model, train
     from sparktf.distribute.custom_objects import registered
     from sparktf.distribute.grpc import GrpcReducer, start_cluster
 
     job: TrainJob = told["job"]
-    start_tensorflow(told["threads"], op_threads(told["threads"], job.world_size, told["archive"]))
+    start_tensorflow(told["threads"], told["ops"])
     program: Program = cloudpickle.loads(job.program)
 
     def exchange(payload: bytes) -> list[bytes]:
@@ -200,7 +202,10 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     with (
         Spool.from_fds(told["spool"], told["fds"]) as spool,
         registered(program.custom_objects),
-        connect(
+        contextlib.ExitStack() as held,
+    ):
+        path = held.enter_context(archive_file(_pieces(sock) if told["archive"] else None))
+        with connect(
             job.transport,
             rank=told["rank"],
             size=job.world_size,
@@ -208,24 +213,29 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             secret=job.secret,
             timeout=job.timeout,
             host=told["host"],
-        ) as communicator,
-    ):
-        reducer = None
-        if job.over_grpc:
-            cluster = start_cluster(communicator, told["host"])  # noqa: F841  # it ends with its last reference
-            reducer = GrpcReducer(communicator, job.timeout)
-        model = make_model(told["archive"], program, job.settings.seed)
-        return train(
-            job,
-            program,
-            model,
-            told["specs"],
-            spool,
-            communicator,
-            report if told["report"] else None,
-            told["save"],
-            reducer,
-        )
+        ) as communicator:
+            # Before the first op runs: TensorFlow takes a cluster only then.
+            cluster = start_cluster(communicator, told["host"]) if job.over_grpc else None
+            reducer = None if cluster is None else GrpcReducer(communicator, job.timeout)
+            model = make_model(path, program, job.settings.seed)
+            held.close()
+            return train(
+                job,
+                program,
+                model,
+                told["specs"],
+                spool,
+                communicator,
+                report if told["report"] else None,
+                told["save"],
+                reducer,
+            )
+
+
+def _pieces(sock: socket.socket) -> Iterator[bytes]:
+    """Yield the archive as the parent sends it, up to an empty frame."""
+    while piece := recv_frame(sock, _SEND_SECONDS, _FRAME_LIMIT)[1]:
+        yield bytes(piece)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sparktf.cluster.control import ControlAddress
 from sparktf.data.columns import ColumnSpec
+from sparktf.distribute.buckets import FIRST_BYTES
 from sparktf.distribute.fit import FitSettings
 
 GRPC = "grpc"
@@ -23,6 +24,20 @@ class Feed(Protocol):
 
     def packs(self, model: Any) -> tuple[Pack, Pack]:
         """Return what arranges inputs, and labels, as the model takes them."""
+
+
+class Payload(Protocol):
+    """A model's archive on its way to the workers."""
+
+    @property
+    def message_bytes(self) -> int:
+        """What it adds to the message that submits the job."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the archive's bytes, on a worker."""
+
+    def close(self) -> None:
+        """Take back what was sent, on the driver."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,8 @@ class TrainJob:
         A pickled `Program`.
     result_limit : int or None
         Bytes that a job's result may have, where the trained model is part of it; None for any number.
-    archive : object
-        A compiled model as the bytes of a ``.keras`` archive, or something with a ``.value`` that gives them (a
-        broadcast variable); None where the program's function makes the model.
+    archive : Payload or None
+        None where the program's function makes the model.
     """
 
     job_id: str
@@ -90,7 +104,7 @@ class TrainJob:
     executor_cores: int
     program: bytes = field(repr=False)
     result_limit: int | None = None
-    archive: Any = field(repr=False, default=None)
+    archive: Payload | None = field(repr=False, default=None)
 
     @property
     def over_grpc(self) -> bool:
@@ -102,7 +116,7 @@ class TrainJob:
         """The communicator's protocol."""
         return "auto" if self.protocol == GRPC else self.protocol
 
-    def archive_bytes(self) -> bytes | None:
-        """Return the archive, wherever it is; on a node."""
-        data: bytes | None = getattr(self.archive, "value", self.archive)
-        return data
+    @property
+    def small_model(self) -> bool:
+        """Whether the model is known to fit one bucket of gradients; on the driver and in a node."""
+        return self.archive is not None and 0 < self.archive.message_bytes <= FIRST_BYTES

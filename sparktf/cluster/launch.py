@@ -16,7 +16,7 @@ from typing import Any
 
 from sparktf.cluster.connect import StartWatch, check_message, remote_error, result_limit, watched_start
 from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
-from sparktf.cluster.job import TrainJob
+from sparktf.cluster.job import Payload, TrainJob
 from sparktf.cluster.node import MODEL, REFUSED, REPORT, RESULT_SCHEMA, train_task
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.fit import FitSettings
@@ -55,7 +55,7 @@ class TrainingResult:
 def run_training(
     feed: Any,
     program: bytes,
-    archive: Any,
+    archive: Payload | None,
     settings: FitSettings,
     *,
     world_size: int,
@@ -73,8 +73,8 @@ def run_training(
         Of `world_size` partitions, with exactly the columns of the feed.
     program : bytes
         A pickled `sparktf.cluster.job.Program`.
-    archive : object
-        The model as a ``.keras`` archive: see `sparktf.cluster.job.TrainJob`.
+    archive : Payload or None
+        The model, where the program's function does not make it.
     settings : FitSettings
     world_size : int
     protocol : str
@@ -116,7 +116,7 @@ def run_training(
     with contextlib.ExitStack() as stack:
         server = watch = None
         if is_connect(spark):
-            check_message(len(program) + len(archive if isinstance(archive, bytes) else b""))
+            check_message(len(program) + (0 if archive is None else archive.message_bytes))
             watch = stack.enter_context(watched_start(spark, tag, world_size, timeout))
         else:
             server = stack.enter_context(_control_server(spark, job, path, on_progress, tag))

@@ -21,7 +21,7 @@ from sparktf.cluster.job import GRPC, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import op_threads, start_tensorflow, threads_for
-from sparktf.cluster.training import make_model, train
+from sparktf.cluster.training import archive_file, make_model, train
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator, connect
@@ -160,13 +160,13 @@ def _train(
     batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
 ) -> list[Result]:
     started = time.monotonic()
-    archive = job.archive_bytes()
-    available = start_tensorflow(threads, op_threads(threads, job.world_size, archive))
+    available = start_tensorflow(threads, op_threads(threads, job.world_size, job.small_model))
     program: Program = cloudpickle.loads(job.program)
     chief = communicator.rank == 0
     report, interval = control.progress, min(_MEET_SECONDS, job.timeout / 4)
     with registered(program.custom_objects):
-        model = make_model(archive, program, job.settings.seed)
+        with archive_file(None if job.archive is None else job.archive.pieces()) as path:
+            model = make_model(path, program, job.settings.seed)
         specs = program.feed.specs(model)
         made = time.monotonic()
         control.alive()
@@ -183,7 +183,7 @@ def _train(
                 with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
                     told = train(job, program, model, specs, spool, group, report, chief)
             else:
-                told = train_in_child(job, archive, specs, spool, communicator, host, threads, report, chief)
+                told = train_in_child(job, specs, spool, communicator, host, threads, report, chief)
         told |= {
             "protocol": GRPC if job.over_grpc else communicator.protocol,
             "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else communicator.reason,

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparktf.distribute.buckets import FIRST_BYTES
 from sparktf.quiet import quiet_stderr
 
 # Of this process, once they are set: TensorFlow cannot change them after its first use. 0: not known, because
@@ -33,21 +32,14 @@ def threads_for(wanted: int, executor_cores: int, nodes_on_executor: int) -> int
     return max(1, min(executor_cores or machine, machine) // max(1, nodes_on_executor))
 
 
-def op_threads(threads: int, world_size: int, archive: bytes | None) -> int:
+def op_threads(threads: int, world_size: int, small_model: bool) -> int:
     """Return how many threads run ops, of a node that has `threads` to compute with.
 
     A single one works through a whole backward pass before it comes to handing over the first gradients, so that none
     would be sent meanwhile. A second one costs: small ops compute on it, on a core that may be another node's. So there
     is one only where gradients are sent in several buckets.
-
-    Parameters
-    ----------
-    threads, world_size : int
-    archive : bytes or None
-        The job's model; None where its size is not known.
     """
-    in_buckets = world_size > 1 and (archive is None or len(archive) > FIRST_BYTES)
-    return max(2, threads) if in_buckets else threads
+    return threads if world_size == 1 or small_model else max(2, threads)
 
 
 def start_tensorflow(threads: int, ops: int | None = None) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sparktf.cluster.connect import check_returnable
@@ -24,12 +25,13 @@ from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
 
-def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
+def make_model(path: str | None, program: Program, seed: int) -> Any:
     """Return the job's compiled model, from its archive or its function.
 
     Parameters
     ----------
-    archive : bytes or None
+    path : str or None
+        The archive.
     program : Program
     seed : int
         Set before the function is called, so that every rank and every fit initialises alike.
@@ -43,8 +45,8 @@ def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
 
     # Numpy takes 32 bits.
     keras.utils.set_random_seed(seed % 2**32)
-    if archive is not None:
-        return load_model(archive)
+    if path is not None:
+        return load_model(path)
     assert program.model_fn is not None  # the driver has checked that one of the two is given
     model = program.model_fn()
     if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
@@ -53,18 +55,27 @@ def make_model(archive: bytes | None, program: Program, seed: int) -> Any:
     return model
 
 
-def load_model(archive: bytes) -> Any:
-    """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
-    import keras
-
+@contextlib.contextmanager
+def archive_file(pieces: Iterable[bytes] | None) -> Iterator[str | None]:
+    """Hold an archive in a file of Spark's local directories; None gives None."""
+    if pieces is None:
+        yield None
+        return
     with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
         path = os.path.join(directory, "model.keras")
         with open(path, "wb") as file:
-            file.write(archive)
-        with warnings.catch_warnings():
-            # A model that was never trained has no optimizer variables to load, and Keras warns of that.
-            warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
-            return keras.saving.load_model(path, safe_mode=False)
+            file.writelines(pieces)
+        yield path
+
+
+def load_model(path: str) -> Any:
+    """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
+    import keras
+
+    with warnings.catch_warnings():
+        # A model that was never trained has no optimizer variables to load, and Keras warns of that.
+        warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
+        return keras.saving.load_model(path, safe_mode=False)
 
 
 def train(

@@ -10,8 +10,9 @@ import tempfile
 import warnings
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from sparktf.errors import PersistenceError
@@ -41,16 +42,18 @@ class ModelArchive:
         ``"keras"`` or ``"saved_model"``.
     size : int
         Bytes.
-    digest : str
-        SHA-256 of the file, in hex: the key of caches.
     """
 
     def __init__(self, directory: str, path: str, kind: str = KERAS) -> None:
         self.path = path
         self.kind = kind
         self.size = os.path.getsize(path)
-        self.digest = _sha256(path)
         self._remove = weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hex: the key of caches."""
+        return _sha256(self.path)
 
     @classmethod
     def from_model(cls, model: keras.Model) -> Self:
@@ -107,12 +110,12 @@ class ModelArchive:
             return cls(directory, target, kind)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Take an archive's bytes, as :meth:`read_bytes` gave them."""
+    def from_pieces(cls, pieces: Iterable[bytes]) -> Self:
+        """Take an archive's bytes, in the order of :meth:`chunks`."""
         with tempfile.TemporaryDirectory(prefix="sparktf-received-") as directory:
             path = os.path.join(directory, "received")
             with open(path, "wb") as file:
-                file.write(data)
+                file.writelines(pieces)
             return cls.from_file(path, move=True)
 
     @classmethod

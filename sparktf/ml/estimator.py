@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyspark import Broadcast, keyword_only
+from pyspark import keyword_only
 from pyspark.ml import Estimator
 
 from sparktf.cluster.connect import check_returnable, result_limit
-from sparktf.cluster.job import Program
+from sparktf.cluster.job import Payload, Program
 from sparktf.cluster.launch import TrainingResult, run_training, temporary_directory
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.checks import loss_reduction
@@ -165,7 +165,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         return feed if model is None else feed.for_model(model)
 
     @contextlib.contextmanager
-    def _payload(self, spark: SparkSession) -> Iterator[Any]:
+    def _payload(self, spark: SparkSession) -> Iterator[Payload | None]:
         """Hold what a job carries of the model; None where modelFn makes it."""
         if self.getModel() is None:
             yield None
@@ -178,8 +178,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         try:
             yield payload
         finally:
-            if isinstance(payload, Broadcast):
-                payload.destroy()
+            payload.close()
 
     def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:
         return pickled(Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed))

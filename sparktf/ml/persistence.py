@@ -3,7 +3,7 @@
 Layout of a saved stage::
 
     path/metadata   one JSON line, as Spark ML writes it, with a "sparktf" entry
-    path/archive    Parquet: index (long), data (binary, CHUNK_BYTES or less)
+    path/archive/0, 1, ...   Parquet: one row with a chunk of the archive, data (binary, CHUNK_BYTES or less)
 
 All of it goes through DataFrames, so that it reaches every file system that Spark reaches, from classic Spark
 and from Spark Connect. Nothing is ever unpickled.
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from sparktf.ml.model import TFModel
 
 FORMAT = 1
-CHUNK_BYTES = 32 << 20
-_TABLE = pa.schema([("index", pa.int64()), ("data", pa.large_binary())])
+# Spark and Parquet hold a chunk in memory some ten times over while they write it.
+CHUNK_BYTES = 8 << 20
+_TABLE = pa.schema([("data", pa.large_binary())])
 
 # Values that are not JSON; the model is saved beside the metadata, the other two cannot be saved at all.
 _NOT_JSON = ("model", "modelFn", "callbacks")
@@ -312,26 +313,34 @@ def _read_metadata(spark: SparkSession, path: str) -> dict[str, Any]:
 
 def _write_archive(spark: SparkSession, archive: ModelArchive, path: str) -> None:
     for index, piece in enumerate(archive.chunks(CHUNK_BYTES)):
-        table = pa.table({"index": [index], "data": pa.array([piece], pa.large_binary())}, schema=_TABLE)
-        # One job a chunk: neither this process nor Spark then holds more than one. Weights do not compress.
+        table = pa.table({"data": pa.array([piece], pa.large_binary())}, schema=_TABLE)
+        # One job a chunk: neither this process nor Spark then holds more than one. Weights neither compress nor repeat.
         writer = spark.createDataFrame(table).coalesce(1).write.option("compression", "uncompressed")
-        writer.mode("append" if index else "error").parquet(path)
+        writer.option("parquet.enable.dictionary", "false").parquet(os.path.join(path, str(index)))
 
 
 def _read_archive(spark: SparkSession, path: str, described: Mapping[str, Any]) -> ModelArchive:
-    table = spark.read.parquet(path)
     with tempfile.TemporaryDirectory(prefix="sparktf-load-") as directory:
         local = os.path.join(directory, "archive")
         with open(local, "wb") as file:
             for index in range(described["chunks"]):
-                rows = table.filter(table["index"] == index).select("data").collect()
-                if len(rows) != 1:
-                    raise _damaged(path, f"one chunk {index}", len(rows))
-                file.write(rows[0][0])
+                file.write(_read_chunk(spark, path, index))
         archive = ModelArchive.from_file(local, move=True)
     if archive.digest != described["digest"]:
         raise _damaged(path, f"digest {described['digest']}", archive.digest)
     return archive
+
+
+def _read_chunk(spark: SparkSession, path: str, index: int) -> bytes:
+    try:
+        rows = spark.read.schema("data binary").parquet(os.path.join(path, str(index))).collect()
+    except AnalysisException as exc:
+        if exc.getCondition() != "PATH_NOT_FOUND":
+            raise
+        rows = []
+    if len(rows) != 1:
+        raise _damaged(path, f"one chunk {index}", len(rows))
+    return bytes(rows[0][0])
 
 
 def _damaged(path: str, expected: str, received: object) -> PersistenceError:

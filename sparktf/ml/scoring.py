@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sparktf.cluster.job import Payload
 from sparktf.cluster.threads import start_tensorflow
 from sparktf.data.arrow import ColumnReader, is_list
 from sparktf.data.blocks import Dense, Vectors
@@ -43,9 +44,8 @@ class ScoringTask:
     ----------
     digest : str
         The archive's digest: the key of the worker's cache.
-    archive : object
-        The archive's bytes, or something with a ``.value`` that gives them (a broadcast variable), which is
-        only asked where the model is not in the cache.
+    archive : Payload
+        Only read where the model is not in the cache.
     signature : ModelSignature
     columns : tuple of ColumnSpec
         One a model input, in the model's order.
@@ -61,7 +61,7 @@ class ScoringTask:
     """
 
     digest: str
-    archive: Any
+    archive: Payload
     signature: ModelSignature
     columns: tuple[ColumnSpec, ...]
     fields: tuple[OutputField, ...]
@@ -143,8 +143,7 @@ def load_forward(task: ScoringTask) -> Forward:
         _models.move_to_end(key)
         return _models[key]
     tf = import_tensorflow(_task_threads())
-    data = getattr(task.archive, "value", task.archive)
-    archive = ModelArchive.from_bytes(data)
+    archive = ModelArchive.from_pieces(task.archive.pieces())
     # What Keras has to say about a model, it has said to the user who made it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ from pyspark import cloudpickle
 from pyspark.sql import DataFrame
 
 from sparktf.errors import ParamError
-from sparktf.ml import TFEstimator, TFModel
+from sparktf.ml import TFEstimator, TFModel, payload
 
 _RANDOM = np.random.default_rng(2)
 X = _RANDOM.normal(size=(50, 4)).astype("float32")
@@ -67,6 +67,27 @@ def test_a_model_that_was_never_built_is_built_from_the_rows(frame: DataFrame, t
     estimator(model=model, inputCols=["a", "b"], seed=5).save(path)
     pairs = frame.selectExpr("features[0] as a", "features[1] as b", "label")
     assert TFEstimator.load(path).fit(pairs).model.input_shape == (None, 2)
+
+
+def test_a_model_travels_in_several_broadcast_pieces(
+    frame: DataFrame, monkeypatch: pytest.MonkeyPatch, no_leftovers: Any
+) -> None:
+    monkeypatch.setattr(payload, "_INLINE_BYTES", 0)
+    monkeypatch.setattr(payload, "_PIECE_BYTES", 5000)
+    model = classifier(keras.layers.Dense(16))
+    usual = estimator(model=model).fit(frame)
+    sent = payload.payload_for(usual._trained.archive, frame.sparkSession)
+    assert isinstance(sent, payload.Broadcasts)
+    assert len(sent.variables) == -(-usual._trained.archive.size // 5000) > 1
+    scored = [row.prediction for row in usual.transform(frame).select("prediction").collect()]
+    assert scored == [float(p > 0.5) for p in usual.model.predict(collected(frame), verbose=0)[:, 0]]
+    # In a child process as well, which gets the pieces from its parent.
+    threads = estimator(model=model, threadsPerWorker=3).fit(frame)
+    np.testing.assert_allclose(threads.summary.history.loss, usual.summary.history.loss, rtol=1e-5)
+
+
+def collected(frame: DataFrame) -> np.ndarray:
+    return np.array([row.features for row in frame.select("features").collect()], "float32")
 
 
 def test_one_seed_makes_bit_identical_fits_and_leaves_the_given_model_alone(frame: DataFrame) -> None:

@@ -17,6 +17,7 @@ from sparktf.errors import DataError
 from sparktf.ml import scoring
 from sparktf.ml.archive import ModelArchive
 from sparktf.ml.outputs import plan_outputs
+from sparktf.ml.payload import Inline
 from sparktf.ml.scoring import ScoringTask, score, valid_rows
 from sparktf.ml.signature import ModelSignature
 
@@ -45,7 +46,7 @@ def task_for(model: keras.Model, batch_size: int = 4, **options: Any) -> Scoring
     )
     return ScoringTask(
         archive.digest,
-        archive.read_bytes(),
+        Inline(archive.read_bytes()),
         signature,
         columns,
         tuple(plan_outputs(signature, **options)),
@@ -194,22 +195,19 @@ def test_dropout_is_off_when_scoring() -> None:
 
 
 def test_a_worker_keeps_the_last_two_models_and_asks_for_bytes_once() -> None:
-    class Source:
-        reads = 0
+    reads = 0
 
-        def __init__(self, data: bytes) -> None:
-            self.data = data
-
-        @property
-        def value(self) -> bytes:
-            Source.reads += 1
-            return self.data
+    class Counted(Inline):
+        def pieces(self) -> Iterator[bytes]:
+            nonlocal reads
+            reads += 1
+            return super().pieces()
 
     tasks = []
     for _ in range(3):
         task = task_for(summing())
-        tasks.append(ScoringTask(**{**task.__dict__, "archive": Source(task.archive)}))
+        tasks.append(ScoringTask(**{**task.__dict__, "archive": Counted(task.archive.data)}))
     for task in (tasks[0], tasks[0], tasks[1], tasks[0], tasks[2], tasks[0]):
         run(task, pa.array([[1.0, 1.0, 1.0]], FLOATS))
-    assert Source.reads == 3
+    assert reads == 3
     assert [key.split(":")[0] for key in scoring._models] == [tasks[2].digest, tasks[0].digest]
