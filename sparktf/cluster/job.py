@@ -75,6 +75,8 @@ class TrainJob:
         None where nodes cannot reach the driver (Spark Connect).
     protocol : str
         One of the transport's, or ``"grpc"``: TensorFlow's own collectives for the gradients.
+    compression : str
+        How the communicator's gradients travel.
     timeout : float
         Seconds without progress.
     versions : mapping of str to str
@@ -97,6 +99,7 @@ class TrainJob:
     secret: bytes = field(repr=False)
     control: ControlAddress | None
     protocol: str
+    compression: str
     timeout: float
     versions: Mapping[str, str]
     settings: FitSettings

@@ -60,6 +60,7 @@ def run_training(
     *,
     world_size: int,
     protocol: str,
+    compression: str,
     timeout: float,
     threads: int,
     directory: str,
@@ -77,7 +78,7 @@ def run_training(
         The model, where the program's function does not make it.
     settings : FitSettings
     world_size : int
-    protocol : str
+    protocol, compression : str
     timeout : float
         Seconds without progress.
     threads : int
@@ -102,6 +103,7 @@ def run_training(
         secret=secrets.token_bytes(32),
         control=None,
         protocol=protocol,
+        compression=compression,
         timeout=timeout,
         versions=installed_versions(),
         settings=settings,

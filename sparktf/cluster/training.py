@@ -140,6 +140,7 @@ def train(
     build_model(model, _first_batch(training, rows, settings))
     check_returnable(state_bytes(model), job.result_limit)
     callbacks = program.callbacks
+    reducer = reducer or GradientReducer(communicator, job.compression)
     fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report, reducer)
     return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
 

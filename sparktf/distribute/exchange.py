@@ -1,4 +1,4 @@
-"""One optimizer's dense gradients on their way over the ranks, bucket after bucket."""
+"""One optimizer's gradients on their way over the ranks, the dense ones bucket after bucket."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from sparktf.distribute import buckets
 from sparktf.distribute.buckets import ALIGN_BYTES, Bucket, plan_buckets
+from sparktf.distribute.slices import SlicesExchange
 from sparktf.errors import HandshakeError
 from sparktf.transport import Communicator
 
@@ -34,18 +35,25 @@ class GradientExchange:
         One a gradient, in the order of the variables; the same on every rank.
     thread : ThreadPoolExecutor
         Of one thread, shared by all exchanges of a communicator.
+    compression : {"none", "bf16"}
 
     Attributes
     ----------
     buckets : list of Bucket
+    slices : SlicesExchange
+        For the sparse ones.
     hidden_seconds : float
         Seconds of communication so far that no step waited for.
     """
 
-    def __init__(self, communicator: Communicator, kinds: Sequence[Kind], thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, communicator: Communicator, kinds: Sequence[Kind], thread: ThreadPoolExecutor, compression: str = "none"
+    ) -> None:
         self._communicator = communicator
         self._kinds = list(kinds)
         self._thread = thread
+        self._compression = compression
+        self.slices = SlicesExchange(communicator)
         sizes = [(dtype, int(np.prod(shape))) for dtype, shape in kinds]
         self.buckets: list[Bucket] = plan_buckets(sizes, buckets.FIRST_BYTES, buckets.BUCKET_BYTES)
         self._sets: list[list[Array]] = []
@@ -139,7 +147,9 @@ class GradientExchange:
 
     def _reduce(self, buffer: Array) -> float:
         began = time.perf_counter()
-        self._communicator.all_reduce(buffer)
+        # Double precision was asked for by whoever made the model.
+        compression = self._compression if buffer.dtype == np.float32 else "none"
+        self._communicator.all_reduce(buffer, compression=compression)
         return time.perf_counter() - began
 
     def agree(self) -> None:

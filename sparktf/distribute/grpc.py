@@ -96,7 +96,7 @@ class GrpcReducer(GradientReducer):
 
         def finish(flag: Array, share: Array, *arrays: Array) -> list[Array]:
             self.stop_agreed = self.stop_agreed or bool(flag[0] > 0)
-            return [np.array(0), *self._gather(float(share), arrays)]
+            return [np.array(0), *exchange.slices.join(float(share), arrays)]
 
         dtypes = [tf.int64, *(s.dtype for s in slices)]
         done, *gathered = tf.numpy_function(self._guarded(finish), [flag, share, *slices], dtypes, stateful=True)

@@ -25,6 +25,8 @@ class GradientReducer:
     ----------
     communicator : Communicator
         The group whose gradients are summed.
+    compression : {"none", "bf16"}
+        How dense gradients of single (or half) precision travel.
 
     Attributes
     ----------
@@ -34,8 +36,9 @@ class GradientReducer:
         What went wrong inside a step: TensorFlow raises an error of its own, which holds only the text.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, compression: str = "none") -> None:
         self._communicator = communicator
+        self._compression = compression
         self._exchanges: dict[tuple[Any, ...], GradientExchange] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparktf-reduce")
         self._keys = 0
@@ -138,7 +141,7 @@ class GradientReducer:
         """Return the exchange of these gradients of an optimizer, which may apply several sets of them in a step."""
         which = (key, tuple((dtype.name, shape) for dtype, shape in kinds), sparse)
         if which not in self._exchanges:
-            self._exchanges[which] = GradientExchange(self._communicator, kinds, self._thread)
+            self._exchanges[which] = GradientExchange(self._communicator, kinds, self._thread, self._compression)
         return self._exchanges[which]
 
     def _trace(self, exchange: GradientExchange, tensors: list[Any], slices: list[Any], share: Any) -> list[Any]:
@@ -201,17 +204,7 @@ class GradientReducer:
     def _results(self, exchange: GradientExchange, share: float, slices: Sequence[Array]) -> list[Array]:
         summed, stop = exchange.results()
         self.stop_agreed = self.stop_agreed or stop
-        return summed + self._gather(share, slices)
-
-    def _gather(self, share: float, slices: Sequence[Array]) -> list[Array]:
-        """Join all ranks' slices, values and indices in turn, the values weighted by the rank's share."""
-        joined = []
-        for place, array in enumerate(slices):
-            mine = array[:0] if share == 0.0 else array
-            if place % 2 == 0:
-                mine = np.multiply(mine, mine.dtype.type(share))
-            joined.append(np.concatenate(self._communicator.all_gather(np.ascontiguousarray(mine))))
-        return joined
+        return summed + exchange.slices.join(share, slices)
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arrays: Array) -> Any:

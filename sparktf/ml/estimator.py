@@ -13,7 +13,7 @@ from pyspark import keyword_only
 from pyspark.ml import Estimator
 
 from sparktf.cluster.connect import check_returnable, result_limit
-from sparktf.cluster.job import Payload, Program
+from sparktf.cluster.job import GRPC, Payload, Program
 from sparktf.cluster.launch import TrainingResult, run_training, temporary_directory
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.distribute.checks import loss_reduction
@@ -71,6 +71,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         Every step's gradient is that of one process on the global batch.
     protocol : {"auto", "tcp", "shm", "rdma", "grpc"}
         How nodes exchange gradients.
+    compression : {"none", "bf16"}
+        "bf16": what travels between machines is rounded to bfloat16, sums stay float32; not for "grpc".
     callbacks : list of keras.callbacks.Callback
         Every node runs its own copies; those that write files run on the chief only.
     verbose : {"auto", 0, 1, 2}
@@ -137,6 +139,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers(),
                 protocol=self.getProtocol(),
+                compression=self.getCompression(),
                 timeout=self.getTimeout(),
                 threads=self.getThreadsPerWorker(),
                 directory=directory,
@@ -160,6 +163,11 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
             )
         if model is not None and self.getNumWorkers() > 1:
             loss_reduction(model)
+        if self.getProtocol() == GRPC and self.getCompression() != "none":
+            raise ParamError(
+                f"Expected compression='none' with protocol='grpc', received {self.getCompression()!r}: TensorFlow's "
+                "own ring sends gradients as they are. Choose another protocol."
+            )
         feed = plan_feed(self, dataset.schema)
         check_cluster(dataset.sparkSession, self.getNumWorkers())
         return feed if model is None else feed.for_model(model)

@@ -26,6 +26,7 @@ from pyspark.ml.param.shared import (
 from sparktf.cluster.job import GRPC
 from sparktf.ml import converters as to
 from sparktf.transport import protocols
+from sparktf.transport.reduction import COMPRESSIONS
 
 _PROTOCOLS = (*protocols(), GRPC)
 
@@ -203,8 +204,8 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     )
     compression = _param(
         "compression",
-        "how gradients are encoded on the wire: 'none'.",
-        to.choice("compression", ["none"], {"bf16": "bfloat16 on the wire"}),
+        f"how gradients are encoded on the wire: {', '.join(COMPRESSIONS)}; sums stay float32.",
+        to.choice("compression", COMPRESSIONS),
     )
     callbacks = _param(
         "callbacks",

@@ -6,7 +6,8 @@ that call different operations learn so instead of waiting for each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from socket import socket
 from typing import Any
 
@@ -14,15 +15,18 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sparktf.errors import ParamError, TransportError
-from sparktf.transport import ring
+from sparktf.transport import compressed, ring
 from sparktf.transport.contract import Array
 from sparktf.transport.guard import GuardedCommunicator
 from sparktf.transport.link import Link
 from sparktf.transport.reduction import (
+    BFLOAT16,
     as_bytes,
     check_array,
+    check_compression,
     check_dtype,
     check_op,
+    check_rows,
     chunk_bounds,
     combine,
     finish,
@@ -79,13 +83,14 @@ class CollectiveCommunicator(GuardedCommunicator):
         # Last, as it may at once hear of a failure and wake what is above.
         self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current)
 
-    def all_reduce(self, array: Array, op: str = "sum") -> Array:
+    def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
         """Reduce in place; see `Communicator`."""
         check_array(array, written=True)
         check_op(op, array.dtype)
+        check_compression(compression, op, array.dtype)
         with self._operation("all_reduce"):
             flat = np.ascontiguousarray(array).reshape(-1)
-            self._reduce("all_reduce", flat, op)
+            self._reduce("all_reduce", flat, op, compression)
             return _put_back(flat, array)
 
     def reduce_scatter(self, array: Array, op: str = "sum") -> Array:
@@ -99,11 +104,19 @@ class CollectiveCommunicator(GuardedCommunicator):
             start, stop = shard_bounds(work.size, self.size)[self.rank]
             return work[start:stop].copy()
 
-    def all_gather(self, array: Array) -> list[Array]:
+    def all_gather(self, array: Array, out: Callable[[int], Array] | None = None) -> list[Array]:
         """Collect the arrays of all ranks; see `Communicator`."""
         check_array(array, written=False)
         with self._operation("all_gather"):
-            return self._gather(np.ascontiguousarray(array).reshape(array.shape))
+            array = np.ascontiguousarray(array).reshape(array.shape)
+            if out is None:
+                return self._gather(array)
+            counts = [int(count[0]) for count in self._gather(np.array([len(array)], np.int64))]
+            stops = list(itertools.accumulate(counts))
+            whole = check_rows(out(stops[-1]), stops[-1], array)
+            places = [whole[stop - count : stop] for count, stop in zip(counts, stops, strict=True)]
+            np.copyto(places[self.rank], array)
+            return self._gather(places[self.rank], places)
 
     def broadcast(self, array: Array, root: int = 0) -> Array:
         """Overwrite with the root's; see `Communicator`."""
@@ -175,19 +188,29 @@ class CollectiveCommunicator(GuardedCommunicator):
             link.close()
         self._buffers.clear()
 
-    def _reduce(self, name: str, flat: Array, op: str) -> None:
+    def _reduce(self, name: str, flat: Array, op: str, compression: str = "none") -> None:
         if flat.nbytes * (self.size - 1) <= _DIRECT_BYTES:
             self._reduce_directly(pack_header(name, flat, self._next(), op_code(op)), flat, op)
         else:
-            self._reduce_large(name, flat, op)
+            self._reduce_large(name, flat, op, compression)
 
-    def _reduce_large(self, name: str, flat: Array, op: str) -> None:
+    def _reduce_large(self, name: str, flat: Array, op: str, compression: str) -> None:
         """Reduce a contiguous array in place; of a reduce-scatter only this rank's shard need be right."""
-        header = pack_header(name, flat, self._next(), op_code(op))
+        header = pack_header(name, flat, self._next(), op_code(op, compression))
         self._ring.right.send(header, _NOTHING)
         self._expect(self._ring.left, header)
-        algorithm = ring.all_reduce if name == "all_reduce" else ring.reduce_scatter
-        algorithm(self._ring, flat, op, self.size)
+        if name == "all_reduce":
+            self._reduce_around(self._ring, flat, op, compression)
+        else:
+            ring.reduce_scatter(self._ring, flat, op, self.size)
+
+    def _reduce_around(self, circle: ring.Ring, flat: Array, op: str, compression: str) -> None:
+        """Reduce over a ring that holds the values of all ranks."""
+        if compression == "none":
+            ring.all_reduce(circle, flat, op, self.size)
+        else:
+            half = self._buffer("half", flat.size * BFLOAT16.itemsize)[: flat.size * BFLOAT16.itemsize]
+            compressed.all_reduce(circle, flat, op, self.size, half.view(BFLOAT16))
 
     def _reduce_directly(self, header: bytes, flat: Array, op: str) -> None:
         """Send the whole to everybody; everybody reduces in the order of ranks, so bits are equal."""
@@ -215,12 +238,13 @@ class CollectiveCommunicator(GuardedCommunicator):
         for link in self._links.values():
             self._expect(link, header)
 
-    def _gather(self, array: Array) -> list[Array]:
+    def _gather(self, array: Array, places: Sequence[Array] | None = None) -> list[Array]:
+        """Collect the arrays of all ranks, into the places given, this rank's own being there, or into new ones."""
         shape = array.shape or (1,)
         row_bytes = array.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         number = self._next()
         header = pack_header("all_gather", array, number, rows=shape[0])
-        result = {self.rank: array.copy()}
+        result = {self.rank: array if places else array.copy()}
         block = array.reshape(-1).view(np.uint8)
         for step in range(self.size):
             # First the own block, then each that has come from the left, but the last: the right has that one.
@@ -229,9 +253,11 @@ class CollectiveCommunicator(GuardedCommunicator):
                 header = self._take_header()
                 rows = header_rows(header)
                 self._match(header, pack_header("all_gather", array, number, rows=rows, nbytes=rows * row_bytes))
-                block = np.empty(rows * row_bytes, np.uint8)
                 origin = (self.rank - step) % self.size
-                result[origin] = block.view(array.dtype).reshape((rows, *shape[1:]) if array.ndim else ())
+                result[origin] = (
+                    places[origin] if places else np.empty((rows, *shape[1:]) if array.ndim else (), array.dtype)
+                )
+                block = result[origin].reshape(-1).view(np.uint8)
             if not last:
                 self._ring.post(_NOTHING, header)
             for start, stop in chunk_bounds(0, block.nbytes, self.chunk_bytes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -76,7 +77,7 @@ class Communicator(ABC):
         self.stats = Stats()
 
     @abstractmethod
-    def all_reduce(self, array: Array, op: str = "sum") -> Array:
+    def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
         """Reduce an array over all ranks, in place.
 
         Parameters
@@ -85,6 +86,9 @@ class Communicator(ABC):
             Same shape and dtype on every rank; overwritten with the result.
         op : {"sum", "mean", "max", "min"}
             The mean needs a floating dtype. On bool, sum and max mean "or", min means "and".
+        compression : {"none", "bf16"}
+            "bf16", for sums and means of float32: what travels between machines is rounded to bfloat16, what is added
+            up is float32. Small arrays, and those that go through the memory of one machine, stay as they are.
 
         Returns
         -------
@@ -105,18 +109,21 @@ class Communicator(ABC):
         """
 
     @abstractmethod
-    def all_gather(self, array: Array) -> list[Array]:
+    def all_gather(self, array: Array, out: Callable[[int], Array] | None = None) -> list[Array]:
         """Give every rank the arrays of all.
 
         Parameters
         ----------
         array : ndarray
             Same dtype and same shape but for the first axis, whose length is the rank's own business.
+        out : callable, optional
+            ``out(rows)`` gives a contiguous array of so many rows, as `array` has them, to receive into: of memory that
+            is used again, say. Every rank passes one, or none does.
 
         Returns
         -------
         list of ndarray
-            New arrays, ordered by rank.
+            Ordered by rank: new arrays, or consecutive slices of what `out` gave.
         """
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:

@@ -6,22 +6,18 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sparktf.errors import ParamError
 from sparktf.transport.contract import Array
 
-try:
-    import ml_dtypes
-
-    _BFLOAT16: tuple[np.dtype[Any], ...] = (np.dtype(ml_dtypes.bfloat16),)
-except ImportError:  # pragma: no cover - bfloat16 is simply not offered without it
-    _BFLOAT16 = ()
-
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 OPS = ("sum", "mean", "max", "min")
+COMPRESSIONS = ("none", "bf16")
 _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 _INTEGERS = tuple(np.dtype(kind) for kind in ("int8", "uint8", "int32", "int64", "bool"))
-_FLOATS = (*(np.dtype(kind) for kind in ("float16", "float32", "float64")), *_BFLOAT16)
+_FLOATS = (*(np.dtype(kind) for kind in ("float16", "float32", "float64")), BFLOAT16)
 # What stands for a dtype in a message's header: a fixed list, so that ranks of one version agree.
 _CODES = {dtype: code for code, dtype in enumerate((*_INTEGERS, *_FLOATS), start=1)}
 
@@ -31,9 +27,9 @@ def dtype_code(dtype: np.dtype[Any]) -> int:
     return _CODES[dtype]
 
 
-def op_code(op: str) -> int:
-    """Return the number that stands for a reduction on the wire; 0 is kept for "none"."""
-    return OPS.index(op) + 1
+def op_code(op: str, compression: str = "none") -> int:
+    """Return the number that stands for a reduction on the wire, and how it is encoded; 0 is kept for "none"."""
+    return OPS.index(op) + 1 + (COMPRESSIONS.index(compression) << 8)
 
 
 def check_array(array: Array, *, written: bool) -> None:
@@ -69,6 +65,28 @@ def check_op(op: str, dtype: np.dtype[Any]) -> None:
     if op == "mean" and dtype not in _FLOATS:
         raise ParamError(
             f"Expected a floating dtype for op='mean'. Received: {dtype}. Use op='sum' and divide, or cast."
+        )
+
+
+def check_rows(array: Array, rows: int, like: Array) -> Array:
+    """Return an array to receive rows into; raise `ParamError` where it does not hold them."""
+    shape = (rows, *like.shape[1:])
+    if array.shape != shape or array.dtype != like.dtype or not array.flags.c_contiguous:
+        raise ParamError(
+            f"Expected out({rows}) to give a contiguous array of {like.dtype} and shape {shape}. "
+            f"Received: {array.dtype} and shape {array.shape}."
+        )
+    return array
+
+
+def check_compression(compression: str, op: str, dtype: np.dtype[Any]) -> None:
+    """Raise `ParamError` where an encoding does not exist, or not for this reduction."""
+    if compression not in COMPRESSIONS:
+        raise ParamError(f"Expected compression to be one of {', '.join(COMPRESSIONS)}. Received: {compression!r}.")
+    if compression != "none" and (dtype != np.float32 or op not in ("sum", "mean")):
+        raise ParamError(
+            f"Expected a sum or mean of float32 for compression={compression!r}. Received: {op!r} of {dtype}. Use "
+            "compression='none'."
         )
 
 

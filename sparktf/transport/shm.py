@@ -115,14 +115,16 @@ class ShmCommunicator(CollectiveCommunicator):
         self._outbox.close()
         super()._free()
 
-    def _reduce_large(self, name: str, flat: Array, op: str) -> None:
+    def _reduce_large(self, name: str, flat: Array, op: str, compression: str) -> None:
         """Reduce through memory; see `CollectiveCommunicator`."""
         if self._machines == 1:
             self._reduce_here(name, flat, op)
             return
         # Shards of machines are not those of ranks, so that a reduce-scatter needs all of the result.
         for start, stop in chunk_bounds(0, flat.size, _PART_BYTES // flat.itemsize):
-            self._reduce_across(pack_header(name, flat[start:stop], self._next(), op_code(op)), flat[start:stop], op)
+            part = flat[start:stop]
+            header = pack_header(name, part, self._next(), op_code(op, compression))
+            self._reduce_across(header, part, op, compression)
 
     def _reduce_here(self, name: str, flat: Array, op: str) -> None:
         header = pack_header(name, flat, self._next(), op_code(op))
@@ -134,7 +136,7 @@ class ShmCommunicator(CollectiveCommunicator):
             finish(op, flat[job.shard(self.rank)], self.size)
         self._count(job, 2 if name == "all_reduce" else 1)
 
-    def _reduce_across(self, header: bytes, flat: Array, op: str) -> None:
+    def _reduce_across(self, header: bytes, flat: Array, op: str, compression: str) -> None:
         alone = len(self._local.members) == 1
         job = self._local.begin(header, self._expect, flat, op, self._shards)
         if not alone:
@@ -142,7 +144,7 @@ class ShmCommunicator(CollectiveCommunicator):
         if self._across is not None:
             self._across.right.send(header, _NOTHING)
             self._expect(self._across.left, header)
-            ring.all_reduce(self._across, flat[job.shard(self._local.place)], op, self.size)
+            self._reduce_around(self._across, flat[job.shard(self._local.place)], op, compression)
         if not alone:
             self._local.share(job)
             self._count(job, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from sparktf.errors import ParamError, TransportError
 from sparktf.transport.contract import Array, Communicator
-from sparktf.transport.reduction import check_array, check_dtype, check_op
+from sparktf.transport.reduction import check_array, check_compression, check_dtype, check_op
 
 
 class SoloCommunicator(Communicator):
@@ -32,10 +32,11 @@ class SoloCommunicator(Communicator):
         yield
         self.stats.seconds += time.perf_counter() - begin
 
-    def all_reduce(self, array: Array, op: str = "sum") -> Array:
+    def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
         """Return `array`, unchanged."""
         check_array(array, written=True)
         check_op(op, array.dtype)
+        check_compression(compression, op, array.dtype)
         with self._operation("all_reduce"):
             return array
 
@@ -46,11 +47,15 @@ class SoloCommunicator(Communicator):
         with self._operation("reduce_scatter"):
             return array.reshape(-1).copy()
 
-    def all_gather(self, array: Array) -> list[Array]:
+    def all_gather(self, array: Array, out: Callable[[int], Array] | None = None) -> list[Array]:
         """Return a copy as the only entry."""
         check_array(array, written=False)
         with self._operation("all_gather"):
-            return [array.copy()]
+            if out is None:
+                return [array.copy()]
+            copy = out(len(array))
+            np.copyto(copy, array)
+            return [copy]
 
     def broadcast(self, array: Array, root: int = 0) -> Array:
         """Return `array`, unchanged."""

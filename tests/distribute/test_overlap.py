@@ -14,6 +14,7 @@ import tensorflow as tf
 from sparktf.distribute import buckets
 from sparktf.distribute.exchange import GradientExchange
 from sparktf.distribute.reducer import GradientReducer
+from sparktf.distribute.slices import SlicesExchange
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator
 from sparktf.transport.testing import run_threads
@@ -177,3 +178,46 @@ def test_what_was_accumulated_when_a_fit_ended_is_neither_lost_nor_counted_twice
     groups.by_one_process(lambda: alone, task)
     for ours, theirs in zip(resumed[0].model.variables, alone.variables, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_slices_of_any_number_are_joined_into_buffers_that_grow_to_the_largest() -> None:
+    def main(communicator: Communicator) -> list[int]:
+        exchange, allocations = SlicesExchange(communicator), []
+        for step in (5, 40, 40, 3, 17, 40, 40):
+            rows = step + communicator.rank
+            values, indices = exchange.join(0.5, [np.full((rows, 4), 2.0 + communicator.rank), np.arange(rows)])
+            assert values.tolist() == [[1.0] * 4] * step + [[1.5] * 4] * (step + 1)
+            assert indices.tolist() == [*range(step), *range(step + 1)]
+            allocations.append(exchange.allocations)
+        return allocations
+
+    for allocations in run_threads("tcp", 2, main):
+        # By the third step both turns have seen the largest number.
+        assert len(set(allocations[2:])) == 1
+
+
+def test_a_rank_without_rows_leaves_its_slices_out() -> None:
+    def main(communicator: Communicator) -> Any:
+        values = np.full((3, 2), np.nan if communicator.rank else 1.0)
+        joined = SlicesExchange(communicator).join(float(communicator.rank == 0), [values, np.arange(3)])
+        return [part.tolist() for part in joined]
+
+    assert run_threads("tcp", 2, main) == [[[[1.0, 1.0]] * 3, [0, 1, 2]]] * 2
+
+
+def test_gradients_travel_as_bfloat16_where_asked_for() -> None:
+    def main(communicator: Communicator) -> tuple[np.ndarray, int]:
+        gradient = np.random.default_rng(communicator.rank).random(200_000, np.float32)
+        with GradientReducer(communicator, "bf16") as reducer:
+            exchange = reducer.exchange(1, [(gradient.dtype, gradient.shape)])
+            exchange.agree()
+            before = communicator.stats.bytes_sent
+            (reduced,) = reducer.reduce_now(exchange, 0.5, [gradient])
+            return reduced.copy(), communicator.stats.bytes_sent - before
+
+    (first, sent), (second, _) = run_threads("tcp", 2, main)
+    whole = sum(0.5 * np.random.default_rng(rank).random(200_000, np.float32) for rank in range(2))
+    assert first.tobytes() == second.tobytes()
+    np.testing.assert_allclose(first, whole, rtol=2**-7)
+    # Half of each rank's 800,000 bytes twice around, and half as wide.
+    assert sent < 420_000

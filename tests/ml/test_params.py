@@ -86,7 +86,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(params: _TFEstimatorParams
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mode", "async"), ("protocol", "grpc"), ("compression", "bf16")],
+    [("mode", "async")],
 )
 def test_what_is_not_there_yet_lists_what_is(params: _TFEstimatorParams, name: str, value: str) -> None:
     with pytest.raises(ParamError, match=f"{name}: '{value}' .*not available.*Available: '"):

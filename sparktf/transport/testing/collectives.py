@@ -99,6 +99,49 @@ class Collectives:
             assert [part.shape for part in parts] == [(length, 2) for length in lengths]
             assert all((part == rank).all() for rank, part in enumerate(parts))
 
+    def test_all_gather_receives_into_the_callers_memory(self) -> None:
+        def main(comm: Communicator) -> bool:
+            memory, asked = np.zeros((100_000, 3), np.float32), []
+
+            def out(rows: int) -> Array:
+                asked.append(rows)
+                return memory[:rows]
+
+            lengths = [7, 0, 60_000]
+            parts = comm.all_gather(np.full((lengths[comm.rank], 3), comm.rank, np.float32), out)
+            assert asked == [60_007]
+            assert [len(part) for part in parts] == lengths
+            assert all(np.shares_memory(part, memory) for part in parts if len(part))
+            return bool((memory[:7] == 0).all() and (memory[7:60_007] == 2).all())
+
+        assert run_threads(self.protocol, 3, main) == [True] * 3
+
+    @pytest.mark.parametrize("op", ["sum", "mean"])
+    def test_bfloat16_on_the_wire_keeps_float32_sums_and_equal_bits(self, op: str) -> None:
+        def main(comm: Communicator) -> Array:
+            values = np.random.default_rng(comm.rank).random(300_001, np.float32)
+            return comm.all_reduce(values, op, compression="bf16")
+
+        rows = [np.random.default_rng(rank).random(300_001, np.float32) for rank in range(3)]
+        whole = np.sum(rows, 0) / (3 if op == "mean" else 1)
+        outcomes = run_threads(self.protocol, 3, main)
+        assert len({values.tobytes() for values in outcomes}) == 1
+        # Three roundings to 8 bits on the way round, each of half a unit in the last place at most.
+        np.testing.assert_allclose(outcomes[0], whole, rtol=3 * 2**-8)
+
+    def test_compression_of_what_cannot_be_compressed_is_refused(self) -> None:
+        def main(comm: Communicator) -> bool:
+            for array, op, kind in (
+                (np.ones(3), "sum", "bf16"),
+                (np.ones(3, np.float32), "max", "bf16"),
+                (np.ones(3, np.float32), "sum", "zip"),
+            ):
+                with pytest.raises(ParamError, match="compression"):
+                    comm.all_reduce(array, op, kind)
+            return bool(comm.all_reduce(np.ones(1, np.float32), compression="bf16")[0] == comm.size)
+
+        assert run_threads(self.protocol, 2, main) == [True, True]
+
     def test_all_gather_bytes_keeps_order_and_lengths(self) -> None:
         outcomes = run_threads(self.protocol, 3, lambda comm: comm.all_gather_bytes(b"ab" * comm.rank))
         assert outcomes == [[b"", b"ab", b"abab"]] * 3
