@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 BENCHMARKS := $(wildcard benchmarks/*.py)
 # Extras that the lock holds: all that tests, notebooks and the demo use.
-EXTRAS := local connect test notebooks
+EXTRAS := local connect tls test notebooks
 
 help:
 	@sed -n 's/^# make/make/p' Makefile

@@ -109,6 +109,11 @@ def connect(
             f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "
             "Pass None for the address of this machine's name."
         )
+    settings = settings or Settings()
+    if settings.tls and protocol not in ("tcp", "auto"):
+        raise ProtocolError(
+            f"Expected protocol 'tcp' for tls=True, the only one that can encrypt. Received: {protocol!r}."
+        )
     if size == 1:
         entries = exchange(b"")
         if len(entries) != 1:
@@ -124,7 +129,7 @@ def connect(
             secret=secret,
             timeout=timeout,
             host=host,
-            settings=settings or Settings(),
+            settings=settings,
         )
     if protocol == "auto":
         _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)
