@@ -18,7 +18,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Of all scripts but the one that needs ten gigabytes of memory.
 BENCHMARKS := $(filter-out benchmarks/large_model.py,$(wildcard benchmarks/*.py))
 # Extras that the lock holds: all that tests, notebooks and the demo use.
-EXTRAS := local connect test notebooks
+EXTRAS := local connect tls test notebooks
 
 help:
 	@sed -n 's/^# make/make/p' Makefile

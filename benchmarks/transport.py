@@ -52,8 +52,6 @@ class Group:
         self._processes = []
         for rank in range(size):
             environment = {"BENCH_HOST": hosts[rank], "PATH": "/usr/bin:/bin", "PYTHONPATH": str(HERE.parent)}
-            import os
-            environment |= {k: v for k, v in os.environ.items() if k in ("SPIN","CH")}
             environment |= {"TMPDIR": tempfile.gettempdir(), "GLOO_SOCKET_IFNAME": "lo" if not prefixes[rank] else "v0"}
             command = [*prefixes[rank], python, str(WORKER), kind, str(rank), str(size), self._directory.name]
             pipe = subprocess.PIPE

@@ -6,13 +6,13 @@ import time
 from importlib import import_module
 from importlib.util import find_spec
 
+from sparktf.transport import tcp
 from sparktf.transport.contract import Communicator
 from sparktf.transport.hosts import Hosts
 from sparktf.transport.mesh import Exchange, connect_mesh
 from sparktf.transport.settings import Settings
 from sparktf.transport.shm import ShmCommunicator, survey_hosts
 from sparktf.transport.survey import share
-from sparktf.transport.tcp import TcpCommunicator
 
 _RDMA = "sparktf.transport.rdma"
 
@@ -31,26 +31,26 @@ def connect(
 
     RDMA where every rank has a device, else shared memory among the ranks of a machine and sockets between machines.
     """
-    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="auto", back=True)
-    try:
+    if settings.tls:
+        communicator: Communicator = tcp.connect(
+            rank=rank, size=size, exchange=exchange, secret=secret, timeout=timeout, host=host, settings=settings
+        )
+        communicator.reason = "encryption was asked for"
+        return communicator
+    with connect_mesh(rank, size, exchange, secret, timeout, host, protocol="auto", back=True) as mesh:
         told = share(mesh, rank, {"rdma": _rdma_trouble(settings)}, time.monotonic() + timeout)
         troubles = [f"rank {peer}: {facts.get('rdma')}" for peer, facts in enumerate(told) if facts.get("rdma")]
-        communicator: Communicator
         if not troubles:
             communicator = import_module(_RDMA).join(rank, size, mesh, timeout, settings)
-            reason = "every rank has an RDMA device with an active port"
+            communicator.reason = "every rank has an RDMA device with an active port"
+            return communicator
+        hosts = survey_hosts(mesh, rank, settings, timeout)
+        if max(map(len, hosts.groups)) > 1:
+            communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
         else:
-            hosts = survey_hosts(mesh, rank, settings, timeout)
-            reason = f"{_describe(hosts)}; no RDMA ({troubles[0]})"
-            if max(map(len, hosts.groups)) > 1:
-                communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
-            else:
-                communicator = TcpCommunicator(rank, size, mesh, timeout)
-    except BaseException:
-        mesh.close()
-        raise
-    communicator.reason = reason
-    return communicator
+            communicator = tcp.TcpCommunicator(rank, size, mesh, timeout)
+        communicator.reason = f"{_describe(hosts)}; no RDMA ({troubles[0]})"
+        return communicator
 
 
 def _rdma_trouble(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from sparktf.transport.link import Gone, Link, Silent
 
 # The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time
 # that passed before a partial receive is not counted twice.
-_WAITS = 4
+WAITS = 4
 # A short piece is waited for awake this long, because being woken costs an idle processor 30 to 50 us; peers in step
 # answer within a few. The other processes of a full machine get the processor meanwhile.
 _AWAKE_SECONDS = 20e-6
@@ -47,13 +47,24 @@ class Channel(Link):
         self._on_quiet = on_quiet
         self._outbox = outbox
         self._scratch = bytearray()
+        self._prepare(sock, timeout / WAITS)
+
+    def _prepare(self, sock: socket.socket, wait: float) -> None:
+        """Make calls of a socket give up after `wait` seconds."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Timeouts kept by the kernel: Python's own cost a poll() more for every call.
         sock.settimeout(None)
-        wait = timeout / _WAITS
         packed = struct.pack("@ll", int(wait), max(1, int(wait % 1 * 1e6)))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+
+    def _write(self, parts: list[memoryview]) -> int:
+        """Send some of these bytes, return how many; raise `BlockingIOError` where nothing went in time."""
+        return self._sock.sendmsg(parts) if len(parts) > 1 else self._sock.send(parts[0])
+
+    def _read(self, view: memoryview, flags: int) -> int:
+        """Receive some of these bytes, return how many, 0 at the end; raise `BlockingIOError` where nothing came."""
+        return self._sock.recv_into(view, 0, flags)
 
     def send(self, header: bytes, view: memoryview) -> None:
         """Send a header (possibly empty) and payload as one message."""
@@ -61,7 +72,7 @@ class Channel(Link):
         parts = [part for part in (memoryview(header), view) if part.nbytes]
         while parts:
             try:
-                count = self._sock.sendmsg(parts) if len(parts) > 1 else self._sock.send(parts[0])
+                count = self._write(parts)
             except BlockingIOError:
                 quiet = self._waited(quiet, "taking data")
                 continue
@@ -97,7 +108,7 @@ class Channel(Link):
         flags = socket.MSG_DONTWAIT if awake_until else socket.MSG_WAITALL
         while view.nbytes:
             try:
-                count = self._sock.recv_into(view, 0, flags)
+                count = self._read(view, flags)
             except BlockingIOError:
                 if flags == socket.MSG_WAITALL:
                     quiet = self._waited(quiet, "sending data")
@@ -115,9 +126,9 @@ class Channel(Link):
 
     def _waited(self, quiet: int, doing: str) -> int:
         quiet += 1
-        if quiet >= _WAITS:
+        if quiet >= WAITS:
             raise Silent(self.peer, doing)
-        if quiet == _WAITS // 2:
+        if quiet == WAITS // 2:
             self._on_quiet()
         return quiet
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from socket import socket
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from sparktf.transport.reduction import (
     op_code,
     shard_bounds,
 )
-from sparktf.transport.watch import Watch
+from sparktf.transport.watch import ControlSocket, Watch
 from sparktf.transport.wire import HEADER_BYTES, describe_header, header_rows, pack_header
 
 # A rank may send this much to all others together in one hop rather than around the ring in 2(n-1).
@@ -73,15 +72,15 @@ class CollectiveCommunicator(GuardedCommunicator):
         # Allocated here rather than in the first operation, which should not be slower than the others.
         self._slots = self._buffer("slots", 2 * _DIRECT_BYTES)
 
-    def _begin(self, links: Mapping[int, Link], controls: dict[int, socket]) -> None:
+    def _begin(self, links: Mapping[int, Link], controls: Mapping[int, ControlSocket]) -> None:
         """Take links and control connections by peer; both belong to the communicator from now on."""
         self._links = dict(sorted(links.items()))
         self._sent_to = dict.fromkeys(self._links, 0)
         self._received_from = dict.fromkeys(self._links, 0)
         left, right = self._links[(self.rank - 1) % self.size], self._links[(self.rank + 1) % self.size]
         self._ring = ring.Ring(left, right, self.rank, self.size, self.chunk_bytes, self.stats)
-        # Last, as it may at once hear of a failure and wake what is above.
         self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current)
+        self._watch.start()
 
     def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
         """Reduce in place; see `Communicator`."""

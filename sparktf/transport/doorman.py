@@ -14,6 +14,7 @@ from typing import Any, Self
 from sparktf._version import __version__
 from sparktf.errors import HandshakeError, TransportTimeoutError
 from sparktf.transport.handshake import Identity, accept
+from sparktf.transport.tls import Credentials
 
 # What a connection is for. Data, and back: what answers data where it must not be taken for data.
 DATA, BACK, CONTROL = CHANNELS = ("data", "back", "control")
@@ -37,6 +38,7 @@ class Group:
     job: str
     secret: bytes
     deadline: float
+    credentials: Credentials | None = None
 
     def identity(self, channel: str, peer: int | None) -> Identity:
         """Return what this rank says of itself on one connection."""
@@ -47,7 +49,14 @@ class Group:
             "version": __version__,
             "channel": channel,
             "to": peer,
+            "certificate": self.credentials.certificate if self.credentials else None,
         }
+
+    def secure(self, sock: socket.socket, theirs: Identity, deadline: float, *, server: bool) -> socket.socket:
+        """Encrypt a connection whose peer has proven its identity, where the group does so."""
+        if self.credentials is None:
+            return sock
+        return self.credentials.wrap(sock, theirs, deadline, server=server)
 
     def check(self, theirs: Identity) -> int:
         """Return the proven peer's rank, or raise `HandshakeError` where it belongs to another group."""
@@ -154,10 +163,11 @@ class Doorman:
             peer = group.check(theirs)
             if theirs.get("channel") not in CHANNELS or theirs.get("to") != group.rank:
                 raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
+            ready = group.secure(sock, theirs, deadline, server=True)
         except HandshakeError as exc:
             self._finish(sock, exc)
             return
-        self._finish(sock, (theirs["channel"], peer, sock))
+        self._finish(sock, (theirs["channel"], peer, ready))
 
     def _finish(self, sock: socket.socket, outcome: Arrival | HandshakeError | None) -> None:
         """Let go of a socket: hand it over where it is the outcome, close it otherwise."""
@@ -166,5 +176,7 @@ class Doorman:
             del self._busy[sock]
             if outcome is not None and not self._closed:
                 self._arrived.put(outcome)
-            if self._closed or not isinstance(outcome, tuple):
+            if not isinstance(outcome, tuple):
                 sock.close()
+            elif self._closed:
+                outcome[2].close()

@@ -79,7 +79,7 @@ class GuardedCommunicator(Communicator):
     def abort(self, reason: str = "") -> None:
         """Tell everybody, wake everybody, release everything; see `Communicator`."""
         message = f"rank {self.rank} (this one) aborted: {reason or 'no reason given'}"
-        self._fail(_Failure(PeerLostError, message, self.rank, reason), tell=True)
+        self._fail(_Failure(PeerLostError, message, self.rank, reason))
         # The operation that another thread may be in has been woken and lets go of the lock.
         with self._lock:
             self._release()
@@ -107,13 +107,13 @@ class GuardedCommunicator(Communicator):
             try:
                 yield
             except (Gone, Silent) as exc:
-                failure = self._fail(self._explain(exc), tell=True)
+                failure = self._fail(self._explain(exc))
                 self._release()
                 raise failure.error(current) from exc
             except BaseException as exc:
                 # A mismatch, an interrupt from the keyboard, no memory: what is under way can't be resumed.
                 kind = type(exc) if isinstance(exc, TransportError) else TransportError
-                self._fail(_Failure(kind, str(exc), self.rank, f"{current}: {exc!r}"), tell=True)
+                self._fail(_Failure(kind, str(exc), self.rank, f"{current}: {exc!r}"))
                 self._release()
                 raise
             finally:
@@ -144,7 +144,7 @@ class GuardedCommunicator(Communicator):
         message = f"no progress for {self._timeout} s, waiting for rank {exc.peer} ({exc}); rank {blame}: {state}"
         return _Failure(TransportTimeoutError, message, blame)
 
-    def _fail(self, failure: _Failure, *, tell: bool) -> _Failure:
+    def _fail(self, failure: _Failure) -> _Failure:
         """Note the first failure, wake whoever waits, tell the others; return the failure that counts."""
         with self._failure_lock:
             first = self._failure is None
@@ -152,9 +152,8 @@ class GuardedCommunicator(Communicator):
                 self._failure = failure
             kept = self._failure
         if first:
-            if tell:
-                blame = self.rank if failure.peer is None else failure.peer
-                self._watch.tell_abort(blame, failure.reason or f"rank {self.rank}: {failure.message}")
+            blame = self.rank if failure.peer is None else failure.peer
+            self._watch.tell_abort(blame, failure.reason or f"rank {self.rank}: {failure.message}")
             self._failed.set()
             self._wake()
         return kept
@@ -162,7 +161,8 @@ class GuardedCommunicator(Communicator):
     def _on_failure(self, peer: int, reason: str, told: bool) -> None:
         """Hear from the watch that a rank is lost."""
         message = f"rank {peer} failed: {reason or 'no reason given'}" if told else f"lost rank {peer}: {reason}"
-        self._fail(_Failure(PeerLostError, message, peer, reason), tell=not told)
+        # Passed on even where it was told: a third rank may see this one leave before it hears of the first to fail.
+        self._fail(_Failure(PeerLostError, message, peer, reason))
 
     def _on_left(self, peer: int) -> None:
         """Hear from the watch that a rank has said goodbye; for protocols whose links do not notice by themselves."""
@@ -173,4 +173,4 @@ class GuardedCommunicator(Communicator):
             failure = self._explain(exc)
         else:
             failure = _Failure(TransportError, f"sending failed: {exc!r}", self.rank)
-        self._fail(failure, tell=True)
+        self._fail(failure)

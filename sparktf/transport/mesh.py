@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError
 from sparktf.transport.doorman import BACK, CONTROL, DATA, Doorman, Group
 from sparktf.transport.handshake import initiate
+from sparktf.transport.tls import Credentials
 
 Exchange = Callable[[bytes], list[bytes]]
 
@@ -29,7 +31,10 @@ _SOCKET_BUFFER = 4 * 1024 * 1024
 
 @dataclass
 class Mesh:
-    """The connections of one rank, by the rank of the peer; `back` is empty unless it was asked for."""
+    """The connections of one rank, by the rank of the peer; `back` is empty unless it was asked for.
+
+    A ``with`` block closes them where it raises, and leaves them to whoever took them over otherwise.
+    """
 
     data: dict[int, socket.socket] = field(default_factory=dict)
     back: dict[int, socket.socket] = field(default_factory=dict)
@@ -52,6 +57,15 @@ class Mesh:
         for sock in (*self.data.values(), *self.back.values(), *self.control.values()):
             sock.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.close()
+
 
 def connect_mesh(
     rank: int,
@@ -63,6 +77,7 @@ def connect_mesh(
     *,
     protocol: str = "",
     back: bool = False,
+    credentials: Credentials | None = None,
 ) -> Mesh:
     """Connect this rank with all others.
 
@@ -82,6 +97,8 @@ def connect_mesh(
         What was asked for; ranks that ask for another are refused.
     back : bool
         Whether to make the third connection, the same on every rank.
+    credentials : Credentials or None
+        Encrypt all connections; on every rank or on none.
 
     Raises
     ------
@@ -95,10 +112,8 @@ def connect_mesh(
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(host if host is not None else default_host(), size))
         book, job = _exchange_addresses(rank, size, exchange, listener, protocol)
-        group = Group(rank, size, job, secret, time.monotonic() + timeout)
-        mesh = Mesh()
-        undo = stack.enter_context(ExitStack())
-        undo.callback(mesh.close)
+        group = Group(rank, size, job, secret, time.monotonic() + timeout, credentials)
+        mesh = stack.enter_context(Mesh())
         doorman = stack.enter_context(Doorman(listener, group))
         channels = (DATA, BACK, CONTROL) if back else (DATA, CONTROL)
         for peer in range(rank):
@@ -106,7 +121,6 @@ def connect_mesh(
                 mesh.add(channel, peer, _reach(book[peer], group, channel, peer))
         while mesh.count() < len(channels) * (size - 1):
             mesh.add(*doorman.next(set(range(rank + 1, size)) - (set(mesh.data) & set(mesh.control))))
-        undo.pop_all()
         return mesh
 
 
@@ -192,13 +206,13 @@ def _reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> s
         theirs = initiate(sock, group.secret, group.identity(channel, peer), group.deadline)
         if group.check(theirs) != peer:
             raise HandshakeError(f"Expected rank {peer} at {address}. Received: rank {theirs['rank']}.")
+        return group.secure(sock, theirs, group.deadline, server=False)
     except HandshakeError as exc:
         sock.close()
         raise HandshakeError(f"Handshake with {where} failed. {exc}") from exc
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def _dial(address: tuple[str, int], timeout: float) -> socket.socket:

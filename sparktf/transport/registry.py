@@ -114,6 +114,11 @@ def connect(
             f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "
             "Pass None for the address of this machine's name."
         )
+    settings = settings or Settings.from_environment()
+    if settings.tls and protocol not in ("tcp", "auto"):
+        raise ProtocolError(
+            f"Expected protocol 'tcp' for tls=True, the only one that can encrypt. Received: {protocol!r}."
+        )
     if size == 1:
         entries = exchange(b"")
         if len(entries) != 1:
@@ -129,7 +134,7 @@ def connect(
             secret=secret,
             timeout=timeout,
             host=host,
-            settings=settings or Settings.from_environment(),
+            settings=settings,
         )
     if protocol == "auto":
         _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)

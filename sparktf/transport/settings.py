@@ -17,6 +17,8 @@ class Settings:
 
     Attributes
     ----------
+    tls : bool
+        Encrypt what travels, by protocol ``"tcp"``: the same on every rank. Needs the extra ``tls``.
     host_id : str or None
         What is equal for ranks that may share memory; None: the machine's boot id. Ranks of equal identity are tried.
     rdma_device : str or None
@@ -27,6 +29,7 @@ class Settings:
         The entry of the port's GID table; None: a RoCE v2 one where there is one.
     """
 
+    tls: bool = False
     host_id: str | None = None
     rdma_device: str | None = None
     rdma_port: int = 1

@@ -40,19 +40,15 @@ def connect(
     ProtocolError
         The ranks are on several machines, or cannot open each other's memory.
     """
-    mesh = connect_mesh(rank, size, exchange, secret, timeout, host, protocol="shm", back=True)
-    try:
+    with connect_mesh(rank, size, exchange, secret, timeout, host, protocol="shm", back=True) as mesh:
         hosts = survey_hosts(mesh, rank, settings, timeout)
         if len(hosts.groups) > 1:
             raise ProtocolError(
-                "Expected all ranks on one machine, as protocol='shm' was asked for. Received: ranks that share no "
-                f"memory, {hosts}. Use protocol='auto', which goes through memory within machines and through "
-                "sockets between them."
+                "Expected all ranks on one machine, as protocol='shm' was asked for. Received: groups of ranks "
+                f"{hosts.groups} that share no memory{f' ({hosts.trouble})' if hosts.trouble else ''}. Use "
+                "protocol='auto', which goes through memory within machines and through sockets between them."
             )
-    except BaseException:
-        mesh.close()
-        raise
-    return ShmCommunicator(rank, size, mesh, timeout, hosts)
+        return ShmCommunicator(rank, size, mesh, timeout, hosts)
 
 
 def survey_hosts(mesh: Mesh, rank: int, settings: Settings, timeout: float) -> Hosts:

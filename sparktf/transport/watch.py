@@ -6,8 +6,9 @@ import json
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 from sparktf.errors import TransportError
 from sparktf.transport.framing import FrameReader, pack_frame
@@ -16,6 +17,29 @@ _ABORT, _BYE, _PING, _PONG = range(1, 5)
 # A reason is a traceback at most; larger ones are cut.
 _REASON_CHARS = 8192
 _FRAME_LIMIT = 64 * 1024
+
+
+class ControlSocket(Protocol):
+    """What the watch needs of a socket."""
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Make calls return at once."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """Set a socket option."""
+
+    def send(self, data: bytes, /) -> int:
+        """Send or raise `BlockingIOError`."""
+
+    def recv(self, nbytes: int, /) -> bytes:
+        """Receive or raise `BlockingIOError`."""
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+
 
 OnFailure = Callable[[int, str, bool], None]
 
@@ -38,7 +62,7 @@ class Watch:
 
     def __init__(
         self,
-        controls: dict[int, socket.socket],
+        controls: Mapping[int, ControlSocket],
         on_failure: OnFailure,
         on_left: Callable[[int], None],
         doing: Callable[[], str],
@@ -56,6 +80,9 @@ class Watch:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._thread = threading.Thread(target=self._run, name="sparktf-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen; what there is to hear may come at once, so that its owner must be ready."""
         self._thread.start()
 
     def tell_abort(self, peer: int, reason: str) -> None:

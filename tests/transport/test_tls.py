@@ -1,0 +1,108 @@
+import socket
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+pytest.register_assert_rewrite("sparktf.transport.testing")
+
+from sparktf.errors import HandshakeError, ProtocolError  # noqa: E402
+from sparktf.transport import Settings, mesh  # noqa: E402
+from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
+from sparktf.transport.tls import Credentials  # noqa: E402
+
+MARK = b"these weights are secret"
+
+
+class TestTcpOverTls(TransportConformance):
+    protocol = "tcp_over_tls:connect"
+
+
+class Tap:
+    """Connects through a relay that keeps a copy of everything."""
+
+    def __init__(self):
+        self.seen = bytearray()
+        self._dial = mesh._dial
+
+    def dial(self, address, timeout):
+        beyond = self._dial(address, timeout)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = self._dial(listener.getsockname(), timeout)
+            far, _ = listener.accept()
+        for source, target in ((far, beyond), (beyond, far)):
+            threading.Thread(target=self._relay, args=(source, target), daemon=True).start()
+        return near
+
+    def _relay(self, source, target):
+        with suppress(OSError):
+            while data := source.recv(1 << 20):
+                self.seen += data
+                target.sendall(data)
+        target.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_travels_can_be_read_on_the_way_unless_it_is_encrypted(tls, monkeypatch):
+    tap = Tap()
+    monkeypatch.setattr(mesh, "_dial", tap.dial)
+    outcomes = run_threads(
+        "tcp", 2, lambda comm: comm.all_gather_bytes(MARK * 5000), settings=[Settings(tls=tls)] * 2
+    )
+    assert outcomes == [[MARK * 5000] * 2] * 2
+    assert (MARK in tap.seen) != tls
+
+
+@pytest.mark.parametrize("impostor", ["server", "client"])
+def test_an_end_without_the_proven_certificate_is_refused(impostor):
+    left, right = socket.socketpair()
+    known, stranger = Credentials(), Credentials()
+    caught = []
+
+    def side(credentials, sock, theirs, server):
+        try:
+            wrapped = credentials.wrap(sock, {"rank": 0, "certificate": theirs}, time.monotonic() + 5, server=server)
+            # TLS 1.3 tells the client only with the next byte that its certificate was refused.
+            wrapped.recv(1)
+            wrapped.close()
+        except (HandshakeError, OSError) as exc:
+            caught.append(exc)
+            sock.close()
+
+    server = stranger if impostor == "server" else known
+    client = stranger if impostor == "client" else known
+    arguments = (server, right, known.certificate, True)
+    thread = threading.Thread(target=side, args=arguments)
+    thread.start()
+    side(client, left, known.certificate, False)
+    thread.join(10)
+    assert any(isinstance(exc, HandshakeError) for exc in caught)
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize("certificate", [None, "", "no base64", "QUJD"])
+def test_an_identity_without_a_certificate_is_refused(certificate):
+    left, right = socket.socketpair()
+    with left, right, pytest.raises(HandshakeError, match="certificate"):
+        Credentials().wrap(left, {"rank": 1, "certificate": certificate}, time.monotonic() + 1, server=False)
+
+
+def test_ranks_that_encrypt_and_ranks_that_do_not_refuse_each_other():
+    outcomes = run_threads("tcp", 2, lambda comm: None, settings=[Settings(tls=True), Settings()], timeout=3.0)
+    assert all(isinstance(outcome, HandshakeError) and "over TLS" in str(outcome) for outcome in outcomes)
+
+
+def test_auto_takes_the_protocol_that_encrypts_and_others_refuse():
+    outcomes = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=[Settings(tls=True)] * 2)
+    assert outcomes == [("tcp", "encryption was asked for")] * 2
+    outcomes = run_threads("shm", 2, lambda comm: None, settings=[Settings(tls=True)] * 2)
+    assert all(isinstance(outcome, ProtocolError) for outcome in outcomes)
+
+
+def test_encrypted_ranks_reduce_large_arrays():
+    outcomes = run_threads(
+        "tcp", 3, lambda comm: float(comm.all_reduce(np.ones(3_000_000))[-1]), settings=[Settings(tls=True)] * 3
+    )
+    assert outcomes == [3.0] * 3
