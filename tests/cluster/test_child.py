@@ -1,0 +1,79 @@
+"""A node in a child process: whose failure an error is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import psutil
+import pyarrow as pa
+from pyspark import cloudpickle
+
+from sparktf.cluster.child import train_in_child
+from sparktf.cluster.job import Program, TrainJob
+from sparktf.data.columns import ColumnSpec
+from sparktf.data.spool import SpoolWriter
+from sparktf.distribute.fit import FitSettings
+from sparktf.errors import NodeError, PeerLostError
+from sparktf.transport import Communicator
+from sparktf.transport.testing import run_threads
+
+SPECS = [ColumnSpec("x", (1,), "float32", "x"), ColumnSpec("y", (), "float32", "y", "label")]
+
+
+def model() -> keras.Model:
+    made = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    made.compile("sgd", "mse")
+    return made
+
+
+def broken() -> keras.Model:
+    raise RuntimeError("kaboom while the model is made")
+
+
+def _job(model_fn: Any) -> TrainJob:
+    # Its feed is not asked for anything before the children have met.
+    program = Program(model_fn, {}, (), feed=None)  # type: ignore[arg-type]
+    return TrainJob(
+        job_id="job",
+        world_size=2,
+        secret=bytes(32),
+        control=None,
+        protocol="tcp",
+        timeout=60.0,
+        versions={},
+        settings=FitSettings(batch_size=2, epochs=1, shuffle=False, seed=0),
+        threads=1,
+        executor_cores=0,
+        program=cloudpickle.dumps(program),
+    )
+
+
+def _in_child(job: TrainJob, communicator: Communicator, directory: Path) -> Any:
+    with SpoolWriter(SPECS, str(directory)) as writer:
+        writer.append(pa.record_batch({"x": pa.array([1.0], pa.float32()), "y": pa.array([1.0], pa.float32())}))
+        with writer.finish() as spool:
+            return train_in_child(job, SPECS, spool, communicator, "127.0.0.1", 1, None, False)
+
+
+def test_a_peer_lost_while_children_meet_keeps_its_own_error(tmp_path: Path) -> None:
+    def main(communicator: Communicator) -> Any:
+        if communicator.rank == 0:
+            return _in_child(_job(model), communicator, tmp_path)
+        return communicator.abort("RuntimeError: kaboom on rank 1")
+
+    raised = run_threads("tcp", 2, main, timeout=60.0)[0]
+    assert isinstance(raised, PeerLostError), raised
+    assert (raised.peer, raised.reason) == (1, "RuntimeError: kaboom on rank 1")
+    assert not psutil.Process().children()
+
+
+def test_a_childs_own_error_is_the_nodes(tmp_path: Path) -> None:
+    def main(communicator: Communicator) -> Any:
+        return _in_child(_job(broken), communicator, tmp_path) if communicator.rank == 0 else None
+
+    raised = run_threads("tcp", 2, main, timeout=60.0)[0]
+    assert isinstance(raised, NodeError), raised
+    assert raised.rank == 0
+    assert "kaboom while the model is made" in str(raised)
