@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,9 @@ class Group:
         python = str(PEERS) if kind == "gloo" else sys.executable
         self._processes = []
         for rank in range(size):
-            environment = {"BENCH_HOST": hosts[rank], "PATH": "/usr/bin:/bin", "PYTHONPATH": str(HERE.parent)}
+            # What is on the path beside the project may hold the distribution's pyverbs.
+            path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+            environment = {"BENCH_HOST": hosts[rank], "PATH": "/usr/bin:/bin", "PYTHONPATH": path}
             environment |= {"TMPDIR": tempfile.gettempdir(), "GLOO_SOCKET_IFNAME": "lo" if not prefixes[rank] else "v0"}
             command = [*prefixes[rank], python, str(WORKER), kind, str(rank), str(size), self._directory.name]
             pipe = subprocess.PIPE

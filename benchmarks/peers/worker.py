@@ -177,6 +177,8 @@ def main() -> None:
         "tcp": lambda: ours("tcp", rank, size, directory),
         "shm": lambda: ours("shm", rank, size, directory, allocated=True),
         "shm, any array": lambda: ours("shm", rank, size, directory),
+        "rdma": lambda: ours("rdma", rank, size, directory, allocated=True),
+        "rdma, any array": lambda: ours("rdma", rank, size, directory),
         "gloo": lambda: gloo(rank, size, directory),
         "grpc": lambda: grpc(rank, size, directory),
         "memory": lambda: memory_bound(rank, size, directory),

@@ -15,8 +15,10 @@ from sparktf.errors import HandshakeError, ProtocolError, TransportError
 from sparktf.transport.collectives import CollectiveCommunicator
 from sparktf.transport.contract import Array
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
-from sparktf.transport.rdma_device import Adapter, Region, check_locked_memory
-from sparktf.transport.rdma_link import SLOTS, RdmaLink
+from sparktf.transport.rdma_adapter import Adapter, Region
+from sparktf.transport.rdma_device import check_locked_memory
+from sparktf.transport.rdma_inbox import SLOTS
+from sparktf.transport.rdma_link import RdmaLink
 from sparktf.transport.rdma_queue import Card, Completions
 from sparktf.transport.settings import Settings
 from sparktf.transport.survey import share

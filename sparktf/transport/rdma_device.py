@@ -1,4 +1,4 @@
-"""The RDMA device of this machine: what is missing where there is none, and the opened device with its memory.
+"""The RDMA device of this machine: found and opened, or said what is missing.
 
 Devices are reached through pyverbs, the bindings that come with rdma-core. They must fit the machine's libibverbs, so
 they are the distribution's business and are imported only when RDMA is asked for.
@@ -7,22 +7,16 @@ they are the distribution's business and are imported only when RDMA is asked fo
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 import resource
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from sparktf.errors import ProtocolError, TransportError
-from sparktf.transport.contract import Array
 from sparktf.transport.settings import Settings
 
 _INSTALL = (
@@ -34,8 +28,6 @@ _INSTALL = (
 _CAP_IPC_LOCK = 14
 # Longer work requests gain nothing, and Soft-RoCE moves all the data of one before it comes back.
 _LONGEST_REQUEST = 1024 * 1024
-# pyverbs 44 does not tell a channel's descriptor: it is found as the one that has come with the channel.
-_OPENING = threading.Lock()
 
 
 @cache
@@ -72,37 +64,13 @@ def load_verbs() -> SimpleNamespace:
     return SimpleNamespace(addr=addr, cq=cq, device=device, mr=mr, pd=pd, qp=qp, wr=wr, e=enums, Error=PyverbsError)
 
 
-@dataclass(frozen=True)
-class Region:
-    """Memory that the device may reach.
-
-    Attributes
-    ----------
-    array : ndarray
-        The bytes, uint8; held here, as the registration itself keeps only the address.
-    address : int
-        Where they begin.
-    registration : object
-        pyverbs's MR, with the local and the remote key.
-    """
-
-    array: Array
-    address: int
-    registration: Any
-
-    @property
-    def lkey(self) -> int:
-        """The key by which this rank's own work requests name the region."""
-        return int(self.registration.lkey)
-
-    @property
-    def rkey(self) -> int:
-        """The key that lets a peer write into the region."""
-        return int(self.registration.rkey)
-
-    def holds(self, address: int, nbytes: int) -> bool:
-        """Return whether a stretch of memory lies wholly in the region."""
-        return self.address <= address and address + nbytes <= self.address + self.array.nbytes
+@contextmanager
+def refusals(verbs: SimpleNamespace, doing: str, advice: str = "") -> Iterator[None]:
+    """Turn what pyverbs raises into our own error, which says what was being done."""
+    try:
+        yield
+    except verbs.Error as exc:
+        raise TransportError(f"{doing} failed: {exc}. {advice}".rstrip()) from exc
 
 
 @dataclass(frozen=True)
@@ -133,87 +101,18 @@ class Port:
     longest_request: int
 
 
-class Adapter:
-    """An opened device with its protection domain.
-
-    Parameters
-    ----------
-    settings : Settings
-        Which device, port and GID.
-
-    Raises
-    ------
-    ProtocolError
-        What is missing: pyverbs, the device, an active port, a GID.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.verbs = load_verbs()
-        with _OPENING:
-            self.context, self.name, self.port = _open(self.verbs, settings)
-        with refusals(self.verbs, f"opening {self.name}"):
-            self.domain = self.verbs.pd.PD(self.context)
-        self._registrations: list[Any] = []
-
-    def allocate(self, nbytes: int, *, remote: bool) -> Region:
-        """Allocate zeroed, page-aligned memory and register it.
-
-        Parameters
-        ----------
-        nbytes : int
-            More than 0.
-        remote : bool
-            Whether peers that are told the key may write into it.
-
-        Raises
-        ------
-        TransportError
-            The system refuses, mostly for the limit on locked memory.
-        """
-        # Shared with forked children rather than copied on write: the device goes on to see the parent's pages.
-        array = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-        address = address_of(array)
-        e = self.verbs.e
-        access = e.IBV_ACCESS_LOCAL_WRITE | (e.IBV_ACCESS_REMOTE_WRITE if remote else 0)
-        with refusals(self.verbs, f"registering {nbytes} bytes with {self.name}", _locked_memory()):
-            registration = self.verbs.mr.MR(self.domain, nbytes, access, address)
-        self._registrations.append(registration)
-        return Region(array, address, registration)
-
-    def close(self) -> None:
-        """End all registrations and close the device; queues must have been closed. Memory in use lives on."""
-        for registration in self._registrations:
-            registration.close()
-        self.domain.close()
-        self.context.close()
-
-
-@contextmanager
-def refusals(verbs: SimpleNamespace, doing: str, advice: str = "") -> Iterator[None]:
-    """Turn what pyverbs raises into our own error, which says what was being done."""
-    try:
-        yield
-    except verbs.Error as exc:
-        raise TransportError(f"{doing} failed: {exc}. {advice}".rstrip()) from exc
-
-
-def address_of(array: Array) -> int:
-    """Return the address of an array's first element."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 def check_locked_memory(needed: int) -> None:
     """Raise `ProtocolError` where the process may not lock as much memory as the links to all peers take."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != resource.RLIM_INFINITY and needed > soft and not _may_lock_any():
         raise ProtocolError(
             f"protocol 'rdma' needs {needed / 2**20:.0f} MiB of locked memory for its links, and more for arrays "
-            f"allocated by it. {_locked_memory()}"
+            f"allocated by it. {locked_memory_limit()}"
         )
 
 
-def _locked_memory() -> str:
+def locked_memory_limit() -> str:
+    """Return what this process may lock, and how to raise it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:.1f} MiB"
     return (
@@ -228,7 +127,7 @@ def _may_lock_any() -> bool:
     return bool(int(effective.split()[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
-def _open(verbs: SimpleNamespace, settings: Settings) -> tuple[Any, str, Port]:
+def open_device(verbs: SimpleNamespace, settings: Settings) -> tuple[Any, str, Port]:
     """Return the opened device, its name and its port."""
     names = _device_names(verbs)
     wanted = names if settings.rdma_device is None else [settings.rdma_device]
@@ -285,27 +184,3 @@ def _best_gid(verbs: SimpleNamespace, context: Any, port: int) -> int:
 
 def _is_ipv4(gid: str) -> bool:
     return gid.startswith("0000:0000:0000:0000:0000:ffff:")
-
-
-def open_channel(adapter: Adapter) -> tuple[Any, int]:
-    """Return a completion channel and its descriptor, which does not block.
-
-    pyverbs holds the GIL while it waits for an event, so it must never wait.
-    """
-    with _OPENING:
-        before = _event_descriptors()
-        channel = adapter.verbs.cq.CompChannel(adapter.context)
-        descriptor = getattr(channel, "fd", None)
-        if descriptor is None:
-            (descriptor,) = _event_descriptors() - before
-    os.set_blocking(descriptor, False)
-    return channel, descriptor
-
-
-def _event_descriptors() -> set[int]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if "infinibandevent" in os.readlink(f"/proc/self/fd/{name}"):
-                found.add(int(name))
-    return found

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparktf.errors import HandshakeError, TransportError
-from sparktf.transport.rdma_device import Adapter, Region, open_channel, refusals
+from sparktf.transport.rdma_adapter import Adapter, Region, open_channel
+from sparktf.transport.rdma_device import Port, refusals
 
 # An unanswered packet is sent again after 4.096 us * 2^18 = 1.1 s, six times: an error after 7.5 s. Losses are mostly
 # reported by the receiver, long before. Soft-RoCE under emulation resends needlessly at 2^14, and never gives up at 7.
@@ -54,6 +55,11 @@ class Card:
     mtu: int
     address: int
     rkey: int
+
+    @classmethod
+    def of(cls, pair: QueuePair, port: Port, slots: Region) -> Card:
+        """Return the card of a queue pair and the slots behind it."""
+        return cls(pair.number, pair.psn, port.gid, port.lid, port.mtu, slots.address, slots.rkey)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -26,7 +26,8 @@ def outcomes_of(spoil):
 
 def test_a_wrong_key_is_an_error_that_names_peer_operation_and_status():
     def spoil(link):
-        link._remote = (link._remote[0], link._remote[1] ^ 0xFF00)
+        address, key = link._peer_slots
+        link._peer_slots = (address, key ^ 0xFF00)
 
     begin = time.monotonic()
     first, second = outcomes_of(spoil)
@@ -42,7 +43,8 @@ def test_a_wrong_key_is_an_error_that_names_peer_operation_and_status():
 
 def test_a_write_beyond_the_region_is_refused_by_the_peers_device():
     def spoil(link):
-        link._remote = (link._remote[0] + (1 << 30), link._remote[1])
+        address, key = link._peer_slots
+        link._peer_slots = (address + (1 << 30), key)
 
     first, _ = outcomes_of(spoil)
     assert isinstance(first, PeerLostError)
@@ -54,9 +56,8 @@ def test_a_work_request_over_the_limit_is_refused_before_it_is_posted():
         link = comm._rdma_links[1 - comm.rank]
         limit = comm._adapter.port.longest_request
         assert 0 < limit <= 1 << 20
-        outbox = (link._outbox.address, link._outbox.lkey)
         with pytest.raises(TransportError, match=rf"at most {limit} bytes.*Received: {limit + 1}"):
-            link._pair.write(outbox, limit + 1, link._remote, None, signal=True)
+            link._pair.write(link._own_slots.here, limit + 1, link._peer_slots, None, signal=True)
         # Nothing was posted, so the link still works.
         return float(comm.all_reduce(np.ones(100_000))[-1])
 

@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,16 +56,18 @@ class Machine:
     def command_line(self, image: Image, control: Path) -> list[str]:
         """Return the emulator's command line; `control` is the directory that host and guest share."""
         shared = "local,security_model=none,multidevs=remap"
-        words = f"""
-            qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial stdio
-            -machine q35 -accel {self.accelerator} -cpu max -smp {self.processors} -m {self.memory}
-            -kernel {image.kernel} -initrd {image.initrd}
-            -object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng
-            -virtfs {shared},path=/,mount_tag=host,readonly=on
-            -virtfs {shared},path={control},mount_tag=control
-        """
         boot = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr random.trust_cpu=on"
-        return [*words.split(), "-append", boot]
+        words = (
+            "qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial stdio "
+            f"-machine q35 -accel {self.accelerator} -cpu max -smp {self.processors} -m {self.memory} "
+            "-object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng"
+        )
+        return [
+            *words.split(),
+            *("-virtfs", f"{shared},path=/,mount_tag=host,readonly=on"),
+            *("-virtfs", f"{shared},path={control},mount_tag=control"),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", boot),
+        ]
 
 
 def run_here(command: list[str], timeout: float) -> int:
@@ -80,31 +83,40 @@ def kvm_works() -> bool:
     """Return whether a machine boots on KVM, by trying; inside another virtual machine it may exist and not work."""
     answer = CACHE / "kvm"
     if not answer.exists():
-        works = os.access("/dev/kvm", os.W_OK) and run_in_machine(["true"], Machine("kvm", 1, "1G"), _KVM_SECONDS) == 0
+        machine = Machine("kvm", 1, "1G")
+        works = os.access("/dev/kvm", os.W_OK) and run_in_machine(["true"], machine, _KVM_SECONDS, quiet=True) == 0
         answer.write_text("works" if works else "fails")
     return answer.read_text() == "works"
 
 
-def run_in_machine(command: list[str], machine: Machine, timeout: float) -> int:
-    """Boot a virtual machine for one command; its output goes to ours."""
+def run_in_machine(command: list[str], machine: Machine, timeout: float, *, quiet: bool = False) -> int:
+    """Boot a virtual machine for one command; its output goes to ours, or nowhere."""
     image = build_image()
     control = Path(tempfile.mkdtemp(prefix="sparktf-vm-"))
     try:
         shutil.copy(HERE / "vm_guest.sh", control / "guest.sh")
         (control / "command.sh").write_text(_script(command, machine))
         begin = time.monotonic()
-        emulator = subprocess.Popen(machine.command_line(image, control), stdin=subprocess.DEVNULL)
+        nowhere = subprocess.DEVNULL if quiet else None
+        emulator = subprocess.Popen(
+            machine.command_line(image, control), stdin=subprocess.DEVNULL, stdout=nowhere, stderr=nowhere
+        )
         try:
             emulator.wait(timeout)
         except subprocess.TimeoutExpired:
-            print(f"vm: stopped after {timeout:.0f} s", file=sys.stderr)
+            _say(f"stopped after {timeout:.0f} s", quiet)
         finally:
             emulator.kill()
             emulator.wait()
-        print(f"vm: {time.monotonic() - begin:.0f} s in all", file=sys.stderr)
+        _say(f"{time.monotonic() - begin:.0f} s in all", quiet)
         return _status(control)
     finally:
         shutil.rmtree(control)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(f"vm: {text}", file=sys.stderr)
 
 
 def _script(command: list[str], machine: Machine) -> str:
@@ -136,6 +148,8 @@ def main() -> int:
     parser.add_argument("--memory", default="6G", help="gigabytes, for what is written to files too")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
+    # As an exception, so that the emulator is ended with this process.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
         return run_here(options.command, options.timeout)
     install_packages()
