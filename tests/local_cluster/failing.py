@@ -25,11 +25,20 @@ class Break(keras.callbacks.Callback):
         self.how = how
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        from pyspark import BarrierTaskContext
-
-        context = BarrierTaskContext.get()
-        if epoch == 0 or context is None or context.partitionId() != self.rank:
+        if epoch == 0 or _rank() != self.rank:
             return
         if self.how == "raise":
             raise RuntimeError(f"kaboom at {time.time()}")
         os.kill(os.getpid(), getattr(signal, self.how))
+
+
+def _rank() -> int | None:
+    import tensorflow as tf
+    from pyspark import TaskContext
+
+    task = TaskContext.get()
+    if task is not None:
+        return task.partitionId()
+    # A child process in a TensorFlow cluster: its devices bear its number.
+    rank: int | None = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name).task
+    return rank

@@ -44,7 +44,7 @@ def _executors(spark: Any) -> set[str]:
 def test_two_fits_are_equal_to_the_last_bit(rows: Any, no_leftovers: Any) -> None:
     first, second = (_estimator().fit(rows) for _ in range(2))
     assert first.summary.worldSize == 2
-    assert first.summary.protocol == "tcp"
+    assert first.summary.protocol == "shm"
     assert first.summary.history.equals(second.summary.history)
     for ours, theirs in zip(first.model.get_weights(), second.model.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
