@@ -1,4 +1,4 @@
-"""What comes from a socket, made up: it is understood or refused, with the errors that callers expect, in bounded time."""
+"""What comes from a socket, made up: it is understood, or refused with the errors that callers expect."""
 
 import json
 import socket
