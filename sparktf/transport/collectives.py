@@ -250,7 +250,7 @@ class CollectiveCommunicator(GuardedCommunicator):
             last = step == self.size - 1
             if step > 0:
                 header = self._take_header()
-                rows = header_rows(header)
+                rows = header_rows(header, row_bytes)
                 self._match(header, pack_header("all_gather", array, number, rows=rows, nbytes=rows * row_bytes))
                 origin = (self.rank - step) % self.size
                 result[origin] = (

@@ -148,7 +148,7 @@ def _encode(identity: Identity) -> bytes:
 def _decode(data: bytes) -> Identity:
     try:
         identity = json.loads(data)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise HandshakeError(f"Expected the peer's identity as JSON. Received: {data[:200]!r}.") from exc
     if not isinstance(identity, dict):
         raise HandshakeError(f"Expected the peer's identity as a JSON object. Received: {data[:200]!r}.")

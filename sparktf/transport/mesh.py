@@ -170,7 +170,7 @@ def _exchange_addresses(
             card: dict[str, Any] = json.loads(entry)
             found = (card["rank"], card["size"])
             book.append((str(card["host"]), int(card["port"])))
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             raise HandshakeError(
                 f"Expected an address from rank {peer}. Received: {bytes(entry[:200])!r}. "
                 "Do all ranks use the same protocol and version?"

@@ -81,6 +81,8 @@ class Segment:
             There is no such file here, or it may not be opened, or it is another.
         """
         nbytes = max(1, nbytes)
+        if "\0" in path:
+            raise OSError(f"{path!r} is no path")
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             size = os.fstat(descriptor).st_size

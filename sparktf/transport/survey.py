@@ -57,7 +57,7 @@ def share(mesh: Mesh, rank: int, facts: dict[str, Any], deadline: float) -> list
 def _parse(kind: int, payload: bytes, peer: int) -> dict[str, Any]:
     try:
         facts = json.loads(payload) if kind == _FACTS else None
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise HandshakeError(

@@ -153,7 +153,7 @@ class Watch:
         try:
             for kind, payload in frames:
                 self._act(peer, kind, payload)
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             # The peer has proven itself, so this is another version or a fault, not an attack.
             self._on_failure(peer, f"its control message cannot be read: {exc!r}", False)
             return False

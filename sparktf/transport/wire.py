@@ -48,10 +48,10 @@ def pack_header(
     )
 
 
-def header_rows(header: bytes) -> int:
-    """Return how many rows a header announces."""
-    rows: int = _HEADER.unpack(header)[5]
-    return rows
+def header_rows(header: bytes, row_bytes: int) -> int:
+    """Return how many rows a header announces, 0 where they do not make up the bytes that it announces."""
+    rows, nbytes = _HEADER.unpack(header)[5:]
+    return int(rows) if rows * row_bytes == nbytes else 0
 
 
 def describe_header(header: bytes) -> str:

@@ -48,9 +48,7 @@ class Tap:
 def test_what_travels_can_be_read_on_the_way_unless_it_is_encrypted(tls, monkeypatch):
     tap = Tap()
     monkeypatch.setattr(mesh, "_dial", tap.dial)
-    outcomes = run_threads(
-        "tcp", 2, lambda comm: comm.all_gather_bytes(MARK * 5000), settings=[Settings(tls=tls)] * 2
-    )
+    outcomes = run_threads("tcp", 2, lambda comm: comm.all_gather_bytes(MARK * 5000), settings=[Settings(tls=tls)] * 2)
     assert outcomes == [[MARK * 5000] * 2] * 2
     assert (MARK in tap.seen) != tls
 
