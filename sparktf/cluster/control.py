@@ -6,29 +6,25 @@ chief, the model's bytes into a file; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError, own_error
-from sparktf.transport.framing import recv_frame, send_frame
-from sparktf.transport.handshake import accept, initiate
+from sparktf.errors import TransportError
+from sparktf.transport.framing import send_frame
+from sparktf.transport.handshake import initiate
 
 _LOG = logging.getLogger("sparktf.cluster")
 
-_PROGRESS, _ERROR, _MODEL, _MODEL_END, _DONE = range(1, 6)
+PROGRESS, ERROR, MODEL, MODEL_END, DONE = range(1, 6)
 # Of a model; a frame must fit in memory on both sides and be large enough that its header does not count.
 CHUNK_BYTES = 4 << 20
-_FRAME_LIMIT = CHUNK_BYTES
-_HANDSHAKE_SECONDS = 10.0
+HANDSHAKE_SECONDS = 10.0
 # A node that cannot tell the driver something in this time goes on without.
 _SEND_SECONDS = 30.0
 
@@ -39,207 +35,6 @@ class ControlAddress:
 
     host: str
     port: int
-
-
-@dataclass(frozen=True)
-class NodeFailure:
-    """What a node said before it failed, or that it vanished.
-
-    Attributes
-    ----------
-    rank : int
-    kind : str
-        The exception's qualified class name; empty where the node vanished without a word.
-    message, traceback : str
-        As the node printed them.
-    """
-
-    rank: int
-    kind: str
-    message: str
-    traceback: str
-
-
-class ControlServer:
-    """The driver's end.
-
-    Parameters
-    ----------
-    host : str
-        Address to bind to.
-    secret : bytes
-        The job's.
-    job_id : str
-    world_size : int
-    model_path : str
-        File that the chief's model is written to.
-    on_progress : callable
-        ``on_progress(rank, dict)``, called from this server's threads.
-    on_failure : callable
-        Called once, after the first node failed.
-    timeout : float
-        Seconds without a word after which a node is taken for hanging; nodes report progress more often.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        secret: bytes,
-        job_id: str,
-        world_size: int,
-        model_path: str,
-        on_progress: Callable[[int, dict[str, Any]], None],
-        on_failure: Callable[[], None],
-        timeout: float,
-    ) -> None:
-        self._secret, self._job_id, self._world_size = secret, job_id, world_size
-        self._model_path = model_path
-        self._on_progress, self._on_failure = on_progress, on_failure
-        self._timeout = timeout
-        self._lock = threading.Condition()
-        self._failures: list[NodeFailure] = []
-        self._model_done = False
-        self._closed = False
-        self._connections: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server((host, 0), backlog=world_size + 8)
-        self.port: int = self._listener.getsockname()[1]
-        self._start(self._accept_all, "control-accept")
-
-    @property
-    def model_received(self) -> bool:
-        """Whether the chief's model is complete at `model_path`."""
-        return self._model_done
-
-    def failure(self, wait: float = 0.0) -> NodeFailure | None:
-        """Return the failure that came first and is not about another node's.
-
-        Parameters
-        ----------
-        wait : float
-            Seconds to wait for one.
-        """
-        deadline = time.monotonic() + wait
-        with self._lock:
-            while (left := deadline - time.monotonic()) > 0:
-                if any(not _secondary(f) for f in self._failures):
-                    break
-                self._lock.wait(left)
-            primary = [f for f in self._failures if not _secondary(f)]
-            candidates = primary or self._failures
-            return candidates[0] if candidates else None
-
-    def close(self) -> None:
-        """Close every connection and end the threads. May be called twice."""
-        with self._lock:
-            self._closed = True
-            connections = list(self._connections)
-        # A listener's close does not wake a thread that waits in accept(); its shutdown does.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(timeout=_HANDSHAKE_SECONDS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _start(self, target: Callable[..., None], name: str, *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, name=f"sparktf-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept_all(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                if self._closed:
-                    connection.close()
-                    return
-                self._connections.append(connection)
-            self._start(self._serve, "control-node", connection)
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                rank = self._admit(connection)
-            except TransportError as error:
-                # Strangers and nodes of other jobs; a node of ours goes on without a control connection.
-                _LOG.warning("refused a control connection: %s", error)
-                return
-            try:
-                self._listen(connection, rank)
-            except TransportTimeoutError:
-                message = f"no progress for {self._timeout} s (timeout): its process is stopped, or its program hangs"
-                self._fail(NodeFailure(rank, "", message, ""))
-            except TransportError:
-                # The node vanished: a node that leaves in good order says so first.
-                if not self._closed:
-                    self._fail(
-                        NodeFailure(rank, "", "its process ended without a word (killed, perhaps for its memory)", "")
-                    )
-            except OSError as error:
-                self._fail(NodeFailure(rank, "", f"its model could not be written on the driver: {error}", ""))
-
-    def _admit(self, connection: socket.socket) -> int:
-        deadline = time.monotonic() + _HANDSHAKE_SECONDS
-        peer = accept(connection, self._secret, {"job": self._job_id}, deadline)
-        rank = peer.get("rank")
-        if peer.get("job") != self._job_id or not isinstance(rank, int) or not 0 <= rank < self._world_size:
-            raise HandshakeError(
-                f"Expected a node of job {self._job_id} with a rank below {self._world_size}. Received: {peer}."
-            )
-        return rank
-
-    def _show(self, rank: int, report: dict[str, Any]) -> None:
-        try:
-            self._on_progress(rank, report)
-        except Exception:  # a screen that cannot be written to must not end a fit
-            _LOG.warning("progress of rank %d could not be shown", rank, exc_info=True)
-
-    def _listen(self, connection: socket.socket, rank: int) -> None:
-        with contextlib.ExitStack() as stack:
-            model: BinaryIO | None = None
-            while True:
-                kind, payload = recv_frame(connection, self._timeout, _FRAME_LIMIT)
-                if kind == _PROGRESS:
-                    self._show(rank, json.loads(payload))
-                elif kind == _ERROR:
-                    self._fail(NodeFailure(rank, **json.loads(payload)))
-                    return
-                elif kind == _MODEL and rank == 0:
-                    model = model or stack.enter_context(open(self._model_path, "wb"))
-                    model.write(payload)
-                elif kind == _MODEL_END and model is not None:
-                    model.flush()
-                    self._model_done = True
-                elif kind == _DONE:
-                    return
-
-    def _fail(self, failure: NodeFailure) -> None:
-        with self._lock:
-            known = any(f.rank == failure.rank for f in self._failures)
-            first = not self._failures
-            if not known:
-                self._failures.append(failure)
-            self._lock.notify_all()
-        if first:
-            self._on_failure()
-
-
-def _secondary(failure: NodeFailure) -> bool:
-    return own_error(failure.kind) in (PeerLostError, TransportTimeoutError)
 
 
 class ControlClient:
@@ -261,10 +56,10 @@ class ControlClient:
             return cls()
         connection = None
         try:
-            connection = socket.create_connection((address.host, address.port), timeout=_HANDSHAKE_SECONDS)
+            connection = socket.create_connection((address.host, address.port), timeout=HANDSHAKE_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            initiate(connection, secret, {"job": job_id, "rank": rank}, time.monotonic() + _HANDSHAKE_SECONDS)
+            initiate(connection, secret, {"job": job_id, "rank": rank}, time.monotonic() + HANDSHAKE_SECONDS)
         except OSError as error:
             _LOG.warning("the driver cannot be reached at %s:%d: %s", address.host, address.port, error)
             if connection is not None:
@@ -279,7 +74,7 @@ class ControlClient:
 
     def progress(self, report: dict[str, Any]) -> None:
         """Tell the driver how far this node is."""
-        self._send(_PROGRESS, json.dumps(report).encode())
+        self._send(PROGRESS, json.dumps(report).encode())
 
     def alive(self) -> None:
         """Tell the driver that this node goes on, in a phase that has no progress to report."""
@@ -289,19 +84,19 @@ class ControlClient:
         """Tell the driver that this node failed."""
         # Cut, so that it fits a frame whatever a user's exception says.
         fields = {"kind": kind, "message": message[-100_000:], "traceback": traceback[-1_000_000:]}
-        self._send(_ERROR, json.dumps(fields).encode())
+        self._send(ERROR, json.dumps(fields).encode())
 
     def send_model(self, path: str) -> bool:
         """Send a file as the trained model; return whether the driver has it."""
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
-                self._send(_MODEL, chunk)
-        self._send(_MODEL_END, b"")
+                self._send(MODEL, chunk)
+        self._send(MODEL_END, b"")
         return self.connected
 
     def close(self) -> None:
         """Tell the driver that this node is done. May be called twice."""
-        self._send(_DONE, b"")
+        self._send(DONE, b"")
         self._drop()
 
     def _send(self, kind: int, payload: bytes) -> None:

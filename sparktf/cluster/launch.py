@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparktf.cluster.connect import StartWatch, check_message, remote_error, result_limit, watched_start
-from sparktf.cluster.control import ControlAddress, ControlServer, NodeFailure
+from sparktf.cluster.control import ControlAddress
+from sparktf.cluster.control_server import ControlServer, NodeFailure
 from sparktf.cluster.job import Payload, TrainJob
 from sparktf.cluster.node import MODEL, REFUSED, REPORT, RESULT_SCHEMA, train_task
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect

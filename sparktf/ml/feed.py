@@ -6,89 +6,21 @@ node has the model (``modelFn``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparktf.data.columns import STRING, ColumnSpec
 from sparktf.errors import DataError, ParamError
-from sparktf.ml.inputs import PACKED_TYPES
-from sparktf.ml.schema import TEXT, ColumnType, check_size
+from sparktf.ml.inputs import FeedColumn, check_kind, fill_inputs, pair
+from sparktf.ml.schema import TEXT, ColumnType
 from sparktf.ml.signature import TensorSpec
 
 if TYPE_CHECKING:
     import keras
     from pyspark.sql import Column
 
-# Vectors of this many values leave the JVM as they are, so that sparse ones stay sparse; narrower ones as arrays, which
-# Spark serializes five to ten times as fast.
-_WIDE = 4096
-
 ID, WEIGHT, VALIDATION = "id", "weight", "validation"
-
-
-@dataclass(frozen=True)
-class FeedColumn:
-    """One tensor and the DataFrame's columns that fill it.
-
-    Parameters
-    ----------
-    name : str
-        The column's name in the feed.
-    target : str or None
-        The model's input or output; None where the model has one and nobody named it.
-    columns : tuple of ColumnType
-        Several are packed into one array, in this order.
-    tensor : TensorSpec or None
-        What they fill, where the driver has the model.
-    """
-
-    name: str
-    target: str | None
-    columns: tuple[ColumnType, ...]
-    tensor: TensorSpec | None = None
-
-    @property
-    def source(self) -> str:
-        """The user's columns, for messages."""
-        return ", ".join(c.column for c in self.columns)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The user's columns where each is one value of the row."""
-        return tuple(c.column for c in self.columns) if all(c.depth == 0 for c in self.columns) else ()
-
-    def expression(self) -> Column:
-        """Return what to select in the JVM: a lone column as it is, several packed into one array."""
-        from pyspark.sql import functions as F
-
-        if len(self.columns) == 1:
-            return _lone(self.columns[0], self._width()).alias(self.name)
-        element = self._packed_element()
-        if all(c.depth == 0 for c in self.columns):
-            return F.array(*[F.col(c.sql).cast(element) for c in self.columns]).alias(self.name)
-        parts = [_as_array(c, element) for c in self.columns]
-        return F.concat(*parts).alias(self.name)
-
-    def _packed_element(self) -> str:
-        kinds = {c.kind for c in self.columns}
-        if len(kinds) > 1:
-            raise DataError(
-                f"Expected columns of one kind to pack into one input, received text beside numbers: {self.source}."
-            )
-        if self.tensor is not None:
-            return PACKED_TYPES.get(self.tensor.dtype, "float")
-        if kinds == {TEXT}:
-            return "string"
-        # float holds integers up to 2**24 exactly; ids beyond that come as columns of integers alone.
-        return "bigint" if all(c.integral for c in self.columns) else "float"
-
-    def _width(self) -> int:
-        """Return the values in a row as far as schema or model tell; 0 where neither does."""
-        if self.columns[0].size is not None or self.tensor is None:
-            return self.columns[0].size or 0
-        return math.prod(d or 1 for d in self.tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -114,22 +46,16 @@ class Feed:
         ParamError, DataError
             As `specs`; and where the number of values in a row, as far as the schema tells, is not what an input takes.
         """
-        # What kind of values there are comes before how many.
-        self.specs(model)
-        self.packs(model)
-        pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
-        for column, tensor in pairs:
-            if tensor is not None:
-                known = [d for d in tensor.shape if d is not None]
-                wanted = math.prod(known) if len(known) == len(tensor.shape) else None
-                check_size(column.columns, wanted, tensor.shape, f"input {tensor.name!r}")
-        return replace(self, inputs=tuple(replace(column, tensor=tensor) for column, tensor in pairs))
+        filled = replace(self, inputs=fill_inputs(self.inputs, model_inputs(model)))
+        filled.specs(model)
+        filled.packs(model)
+        return filled
 
     def expressions(self) -> list[Column]:
         """Return the columns to select from the DataFrame, without the row's id."""
         from pyspark.sql import functions as F
 
-        selected = [c.expression() for c in (*self.inputs, *self.labels)]
+        selected = [c.expression(sparse=True).alias(c.name) for c in (*self.inputs, *self.labels)]
         if self.weight is not None:
             selected.append(F.col(self.weight.sql).cast("float").alias(WEIGHT))
         if self.validation is not None:
@@ -150,7 +76,7 @@ class Feed:
         DataError
             Columns cannot fill an input.
         """
-        specs = [_input_spec(c, t) for c, t in _pair(self.inputs, model_inputs(model), "inputMapping")]
+        specs = [_input_spec(c, t) for c, t in pair(self.inputs, model_inputs(model))]
         specs += [_label_spec(c) for c in self.labels]
         if self.weight is not None:
             specs.append(ColumnSpec(WEIGHT, (), "float32", self.weight.column, "weight"))
@@ -161,7 +87,7 @@ class Feed:
 
     def packs(self, model: keras.Model) -> tuple[Callable[[dict[str, Any]], Any], Callable[[dict[str, Any]], Any]]:
         """Return two functions that arrange tensors by feed name: as the model takes inputs, and its loss labels."""
-        pairs = _pair(self.inputs, model_inputs(model), "inputMapping")
+        pairs = pair(self.inputs, model_inputs(model))
         names = [c.name for c, _ in pairs]
         structure = _structure(model, "inputs")
         if structure is None:
@@ -217,40 +143,13 @@ def _outputs_with_loss(model: keras.Model) -> list[str]:
     return [name for name, one in zip(names, keras.tree.flatten(loss), strict=False) if one is not None]
 
 
-def _pair(
-    columns: Sequence[FeedColumn], tensors: Sequence[TensorSpec], mapping: str
-) -> list[tuple[FeedColumn, TensorSpec | None]]:
-    """Pair columns with the model's inputs, in the model's order."""
-    if not tensors:
-        return [(c, None) for c in columns]
-    if len(columns) == 1 and columns[0].target is None:
-        if len(tensors) > 1:
-            raise ParamError(
-                f"Expected {mapping} for a model with {len(tensors)} inputs ({', '.join(t.name for t in tensors)}), "
-                f"received only {columns[0].source!r}."
-            )
-        return [(columns[0], tensors[0])]
-    by_target = {c.target: c for c in columns}
-    names = [t.name for t in tensors]
-    if set(by_target) != set(names):
-        raise ParamError(
-            f"{mapping}: expected the model's inputs {', '.join(names)}; received {', '.join(map(str, by_target))}."
-        )
-    return [(by_target[t.name], t) for t in tensors]
-
-
 def _input_spec(column: FeedColumn, tensor: TensorSpec | None) -> ColumnSpec:
-    text = any(c.kind == TEXT for c in column.columns)
     if tensor is None:
+        text = any(c.kind == TEXT for c in column.columns)
         integral = all(c.integral for c in column.columns)
         dtype = STRING if text else "int64" if integral else "float32"
         return ColumnSpec(column.name, _open_shape(column, scalar=(1,)), dtype, column.source, parts=column.parts)
-    if text != (tensor.dtype == STRING):
-        received = "text" if text else "numbers"
-        raise DataError(
-            f"input {tensor.name!r}: expected values for a tensor of {tensor.dtype}, received {received} from "
-            f"{column.source!r}. Encode text in Spark (StringIndexer), or start the model with a preprocessing layer."
-        )
+    check_kind(column, tensor)
     return ColumnSpec(column.name, tensor.shape, tensor.dtype, column.source, parts=column.parts)
 
 
@@ -290,22 +189,3 @@ def _like(structure: Any, names: Sequence[str]) -> Callable[[dict[str, Any]], An
     import keras
 
     return lambda tensors: keras.tree.pack_sequence_as(structure, [tensors[name] for name in names])
-
-
-def _lone(column: ColumnType, width: int) -> Column:
-    from pyspark.sql import functions as F
-
-    if column.vector and width < _WIDE:
-        return _as_array(column, "float")
-    return F.col(column.sql)
-
-
-def _as_array(column: ColumnType, element: str) -> Column:
-    from pyspark.ml.functions import vector_to_array
-    from pyspark.sql import functions as F
-
-    given = F.col(column.sql)
-    if column.vector:
-        # vector_to_array fails on a null; the node counts nulls and names the column.
-        return F.when(given.isNotNull(), vector_to_array(given, "float32"))
-    return F.array(given.cast(element)) if column.depth == 0 else given.cast(f"array<{element}>")

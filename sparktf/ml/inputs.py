@@ -1,25 +1,25 @@
-"""From a DataFrame's columns to a model's inputs: which feeds which, and how it leaves the JVM."""
+"""Which columns fill which of a model's inputs, and how they leave the JVM: alike for training and for scoring."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-from pyspark.ml.functions import vector_to_array
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from sparktf.data.columns import STRING
 from sparktf.errors import DataError, ParamError
 from sparktf.ml.schema import TEXT, ColumnType, check_size, column_type
-from sparktf.ml.signature import ModelSignature, TensorSpec
+from sparktf.ml.signature import TensorSpec
 
 if TYPE_CHECKING:
     from pyspark.sql import Column
+    from pyspark.sql import types as T
 
-PACKED_TYPES = {
+    from sparktf.ml.model_params import _TFModelParams
+
+# Spark's type for the elements of a packed array, by the model's dtype; float for all others.
+_PACKED_TYPES = {
     "float64": "double",
     "string": "string",
     "bool": "boolean",
@@ -33,114 +33,199 @@ PACKED_TYPES = {
     "uint64": "bigint",
 }
 
+# Vectors of this many values may leave the JVM as they are, so that sparse ones stay sparse; narrower ones leave as
+# arrays, which Spark serializes five to ten times as fast.
+_WIDE = 4096
+
 
 @dataclass(frozen=True)
-class ModelInput:
-    """One input of the model and the columns that feed it.
+class FeedColumn:
+    """One tensor and the DataFrame's columns that fill it.
 
     Parameters
     ----------
-    spec : TensorSpec
-        What the model wants.
-    columns : tuple of str
-        One column, or several scalar columns that are packed into one array in this order.
+    name : str
+        The column's name in the feed.
+    target : str or None
+        The model's input or output; None where the model has one and nobody named it.
+    columns : tuple of ColumnType
+        Several are packed into one array, in this order.
+    tensor : TensorSpec or None
+        What they fill, where the driver has the model.
     """
 
-    spec: TensorSpec
-    columns: tuple[str, ...]
+    name: str
+    target: str | None
+    columns: tuple[ColumnType, ...]
+    tensor: TensorSpec | None = None
 
     @property
     def source(self) -> str:
-        """The columns, for messages."""
-        return ", ".join(self.columns)
+        """The user's columns, for messages."""
+        return ", ".join(c.column for c in self.columns)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The user's columns where each is one value of the row."""
+        return tuple(c.column for c in self.columns) if all(c.depth == 0 for c in self.columns) else ()
+
+    def expression(self, *, sparse: bool) -> Column:
+        """Return what to select in the JVM: a lone column as it is, several packed into one array.
+
+        Nulls stay nulls, inside an array or in its place.
+
+        Parameters
+        ----------
+        sparse : bool
+            Leave wide MLlib vectors as they are; else every vector becomes an array.
+        """
+        from pyspark.sql import functions as F
+
+        if len(self.columns) == 1:
+            column = self.columns[0]
+            if not column.vector or (sparse and self._width() >= _WIDE):
+                return F.col(column.sql)
+            return _as_array(column, "float" if self._fits_float() else "double")
+        element = self._packed_element()
+        if all(c.depth == 0 for c in self.columns):
+            return F.array(*[F.col(c.sql).cast(element) for c in self.columns])
+        return F.concat(*[_as_array(c, element) for c in self.columns])
+
+    def _fits_float(self) -> bool:
+        return self.tensor is None or self.tensor.dtype in ("float16", "bfloat16", "float32")
+
+    def _packed_element(self) -> str:
+        kinds = {c.kind for c in self.columns}
+        if len(kinds) > 1:
+            raise DataError(
+                f"Expected columns of one kind to pack into one input, received text beside numbers: {self.source}."
+            )
+        if self.tensor is not None:
+            return _PACKED_TYPES.get(self.tensor.dtype, "float")
+        if kinds == {TEXT}:
+            return "string"
+        # float holds integers up to 2**24 exactly; ids beyond that come as columns of integers alone.
+        return "bigint" if all(c.integral for c in self.columns) else "float"
+
+    def _width(self) -> int:
+        """Return the values in a row as far as schema or model tell; 0 where neither does."""
+        if self.columns[0].size is not None or self.tensor is None:
+            return self.columns[0].size or 0
+        return math.prod(d or 1 for d in self.tensor.shape)
 
 
-def choose_inputs(
-    signature: ModelSignature,
-    features: str,
-    columns: Sequence[str] | None,
-    mapping: Mapping[str, str | list[str]] | None,
-) -> list[ModelInput]:
-    """Decide which columns feed which input, in the model's order of inputs.
+def input_columns(params: _TFModelParams, schema: T.StructType) -> tuple[FeedColumn, ...]:
+    """Look up the columns that feed a model's inputs.
 
     Parameters
     ----------
-    signature : ModelSignature
-    features : str
-        featuresCol, for a model with one input.
-    columns : sequence of str or None
-        inputCols, in place of featuresCol.
-    mapping : mapping or None
-        inputMapping, ``{model input: column or list of columns}``.
+    params : TFEstimator or TFModel
+        Of which inputMapping, inputCols or featuresCol count, in this order.
+    schema : StructType
+
+    Raises
+    ------
+    DataError
+        A column is missing or has a type that cannot be fed.
+    """
+    mapping = params.getInputMapping()
+    packed: Sequence[str] | None = params._get(params.inputCols)
+    chosen: list[tuple[str | None, Sequence[str], str]]
+    if mapping is not None:
+        chosen = [
+            (target, [columns] if isinstance(columns, str) else columns, f"inputMapping[{target!r}]")
+            for target, columns in mapping.items()
+        ]
+    elif packed:
+        chosen = [(None, packed, "inputCols")]
+    else:
+        chosen = [(None, [params.getFeaturesCol()], "featuresCol")]
+    return tuple(
+        FeedColumn(f"x{i}", target, tuple(column_type(schema, c, use) for c in columns))
+        for i, (target, columns, use) in enumerate(chosen)
+    )
+
+
+def pair(columns: Sequence[FeedColumn], tensors: Sequence[TensorSpec]) -> list[tuple[FeedColumn, TensorSpec | None]]:
+    """Pair columns with the model's inputs, in the model's order.
+
+    Parameters
+    ----------
+    columns : sequence of FeedColumn
+    tensors : sequence of TensorSpec
+        The model's inputs; none where it does not tell them.
 
     Raises
     ------
     ParamError
         The mapping does not name exactly the model's inputs, or the model has several inputs and no mapping.
     """
-    names = [spec.name for spec in signature.inputs]
-    if mapping is not None:
-        if set(mapping) != set(names):
+    if not tensors:
+        return [(c, None) for c in columns]
+    names = ", ".join(t.name for t in tensors)
+    if len(columns) == 1 and columns[0].target is None:
+        if len(tensors) > 1:
             raise ParamError(
-                f"inputMapping: expected exactly the model's inputs, {', '.join(names)}. Received: {', '.join(mapping)}"
+                f"Expected inputMapping for a model with {len(tensors)} inputs ({names}), received only "
+                f"{columns[0].source!r}."
             )
-        chosen = [mapping[name] for name in names]
-        return [
-            ModelInput(spec, (item,) if isinstance(item, str) else tuple(item))
-            for spec, item in zip(signature.inputs, chosen, strict=True)
-        ]
-    if len(names) > 1:
+        return [(columns[0], tensors[0])]
+    by_target = {c.target: c for c in columns}
+    if set(by_target) != {t.name for t in tensors}:
         raise ParamError(
-            f"the model has {len(names)} inputs, {', '.join(names)}. Expected: an inputMapping that gives "
-            "each of them a column. Received: none"
+            f"inputMapping: expected exactly the model's inputs, {names}; received {', '.join(map(str, by_target))}."
         )
-    return [ModelInput(signature.inputs[0], tuple(columns) if columns else (features,))]
+    return [(by_target[t.name], t) for t in tensors]
 
 
-def feed_expression(schema: T.StructType, item: ModelInput) -> Column:
-    """Return the expression that brings a model input's columns out of the JVM as one Arrow column.
+def fill_inputs(columns: Sequence[FeedColumn], tensors: Sequence[TensorSpec]) -> tuple[FeedColumn, ...]:
+    """Return the columns in the model's order, with what each fills; checked as far as the schema tells.
 
-    Vectors become arrays (a vector as it is takes Spark five to ten times as long to serialize), several
-    columns are packed into one array, other columns go as they are. Nulls stay nulls.
+    Raises
+    ------
+    ParamError
+        As `pair`.
+    DataError
+        Columns hold text for numbers or numbers for text, or another number of values than an input takes.
+    """
+    pairs = pair(columns, tensors)
+    for column, tensor in pairs:
+        if tensor is not None:
+            check_kind(column, tensor)
+    for column, tensor in pairs:
+        if tensor is not None:
+            check_size(column.columns, _size(tensor.shape), tensor.shape, f"input {tensor.name!r}")
+    return tuple(replace(column, tensor=tensor) for column, tensor in pairs)
+
+
+def check_kind(column: FeedColumn, tensor: TensorSpec) -> None:
+    """Check that text meets a string tensor, and numbers another one.
 
     Raises
     ------
     DataError
-        A column is missing, or has a type or a length that the model cannot take.
     """
-    use = f"input {item.spec.name!r}"
-    kinds = [column_type(schema, name, use) for name in item.columns]
-    for kind in kinds:
-        if (kind.kind == TEXT) != (item.spec.dtype == STRING):
-            received = "text" if kind.kind == TEXT else "numbers"
+    for part in column.columns:
+        if (part.kind == TEXT) != (tensor.dtype == STRING):
+            received = "text" if part.kind == TEXT else "numbers"
             raise DataError(
-                f"{use}: expected values for a tensor of {item.spec.dtype}, received {received} from column "
-                f"{kind.column!r}. Encode it in Spark first, or start the model with a preprocessing layer"
+                f"input {tensor.name!r}: expected values for a tensor of {tensor.dtype}, received {received} from "
+                f"{part.column!r}. Encode text in Spark (StringIndexer), or start the model with a preprocessing layer."
             )
-    check_size(kinds, _size(item.spec.shape), item.spec.shape, use)
-    return _packed(item, kinds) if len(kinds) > 1 else _single(item, kinds[0])
-
-
-def _single(item: ModelInput, kind: ColumnType) -> Column:
-    column = F.col(kind.sql)
-    if not kind.vector:
-        return column
-    element = "float32" if item.spec.dtype in ("float16", "bfloat16", "float32") else "float64"
-    return F.when(column.isNotNull(), vector_to_array(column, element))
-
-
-def _packed(item: ModelInput, kinds: Sequence[ColumnType]) -> Column:
-    element = PACKED_TYPES.get(item.spec.dtype, "float")
-    if all(kind.depth == 0 for kind in kinds):
-        return F.array(*[F.col(kind.sql).cast(element) for kind in kinds])
-    parts = []
-    for kind in kinds:
-        column = _single(item, kind)
-        parts.append(F.array(column.cast(element)) if kind.depth == 0 else column.cast(f"array<{element}>"))
-    # concat is null where a part is null, which is what the row's prediction then is.
-    return F.concat(*parts)
 
 
 def _size(shape: Sequence[int | None]) -> int | None:
     known = [length for length in shape if length is not None]
     return math.prod(known) if len(known) == len(shape) else None
+
+
+def _as_array(column: ColumnType, element: str) -> Column:
+    from pyspark.ml.functions import vector_to_array
+    from pyspark.sql import functions as F
+
+    given = F.col(column.sql)
+    if column.vector:
+        # vector_to_array fails on a null.
+        values = vector_to_array(given, "float64" if element == "double" else "float32")
+        return F.when(given.isNotNull(), values.cast(f"array<{element}>"))
+    return F.array(given.cast(element)) if column.depth == 0 else given.cast(f"array<{element}>")

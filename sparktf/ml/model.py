@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
@@ -19,57 +18,20 @@ from sparktf.data.columns import ColumnSpec
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import ParamError, PersistenceError
 from sparktf.ml.archive import KERAS, ModelArchive
-from sparktf.ml.inputs import ModelInput, choose_inputs, feed_expression
+from sparktf.ml.inputs import FeedColumn, fill_inputs, input_columns
+from sparktf.ml.model_params import _TFModelParams
 from sparktf.ml.outputs import OutputField, plan_outputs, result_type
-from sparktf.ml.params import _TFModelParams
 from sparktf.ml.payload import payload_for
 from sparktf.ml.persistence import ModelPersistence
 from sparktf.ml.scoring import ScoringTask, score
 from sparktf.ml.signature import ModelSignature, TensorSpec
-from sparktf.quiet import quiet_stderr
+from sparktf.ml.trained import Trained, saved_signature
 
 if TYPE_CHECKING:
     import keras
     from pyspark.sql import Column, DataFrame
 
     from sparktf.ml.summary import TrainingSummary
-
-
-class _Trained:
-    """What copies of a model share: the archive, and what was read from it so far."""
-
-    def __init__(
-        self,
-        archive: ModelArchive,
-        signature: ModelSignature | None,
-        objects: Mapping[str, Any],
-        saved_signature: str,
-    ) -> None:
-        self.archive = archive
-        self.objects = dict(objects)
-        self.saved_signature = saved_signature
-        self._signature = signature
-        self._model: Any = None
-        self._lock = threading.RLock()
-
-    @property
-    def model(self) -> keras.Model:
-        with self._lock:
-            if self._model is None:
-                self._model = self.archive.load(custom_objects=self.objects)
-            return self._model
-
-    def check(self, safe_mode: bool) -> None:
-        """Rebuild the model now, so that what is missing or refused shows early; keep it."""
-        with self._lock:
-            self._model = self.archive.load(custom_objects=self.objects, safe_mode=safe_mode)
-
-    @property
-    def signature(self) -> ModelSignature:
-        with self._lock:
-            if self._signature is None:
-                self._signature = ModelSignature.of(self.model)
-            return self._signature
 
 
 class TFModel(Model, _TFModelParams, ModelPersistence):
@@ -87,7 +49,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
     TFModel.fromKeras, TFModel.fromSavedModel : models that were trained elsewhere.
     """
 
-    _trained: _Trained
+    _trained: Trained
     _summary: TrainingSummary | None
 
     @classmethod
@@ -119,7 +81,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         model = cls()
         if uid is not None:
             model._resetUid(uid)
-        model._trained = _Trained(archive, signature, custom_objects or {}, saved_signature)
+        model._trained = Trained(archive, signature, custom_objects or {}, saved_signature)
         model._summary = summary
         return model
 
@@ -187,7 +149,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         archive = ModelArchive.from_file(os.fspath(path))
         if archive.kind == KERAS:
             raise PersistenceError(f"{path!s} is a .keras archive. Load it with TFModel.fromKeras")
-        shapes = _saved_signature(os.fspath(path), signature)
+        shapes = saved_signature(os.fspath(path), signature)
         return cls._create(archive, signature=shapes, saved_signature=signature)._set(**params)
 
     @property
@@ -228,8 +190,8 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
                     f"column {field.column!r} is in the DataFrame already. Expected a new name for the "
                     f"model's {field.role}, or drop the column first"
                 )
-        inputs = choose_inputs(signature, self.getFeaturesCol(), self._get(self.inputCols), self.getInputMapping())
-        expressions = [feed_expression(dataset.schema, item) for item in inputs]
+        inputs = fill_inputs(input_columns(self, dataset.schema), signature.inputs)
+        expressions = [column.expression(sparse=False) for column in inputs]
         if not fields:
             return dataset
         task = self._task(inputs, fields, dataset)
@@ -241,12 +203,12 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         columns = {f.column: _output_column(part, f) for f, part in zip(fields, parts, strict=True)}
         return frame.withColumns(columns).drop(scored, *added)
 
-    def _task(self, inputs: list[ModelInput], fields: list[OutputField], dataset: DataFrame) -> ScoringTask:
+    def _task(self, inputs: Sequence[FeedColumn], fields: list[OutputField], dataset: DataFrame) -> ScoringTask:
         archive = self._trained.archive
         specs = [
             # Nulls are gone when a column is read; nullable lets NaN through, as the model's own business.
-            ColumnSpec(f"input_{i}", item.spec.shape, item.spec.dtype, item.source, nullable=_holds_nan(item.spec))
-            for i, item in enumerate(inputs)
+            ColumnSpec(c.name, spec.shape, spec.dtype, c.source, nullable=_holds_nan(spec))
+            for c, spec in zip(inputs, self._trained.signature.inputs, strict=False)
         ]
         objects = self._trained.objects | custom_objects()
         return ScoringTask(
@@ -316,23 +278,3 @@ def _digest(objects: Mapping[str, Any]) -> str:
 
 def _holds_nan(spec: TensorSpec) -> bool:
     return "float" in spec.dtype
-
-
-def _saved_signature(path: str, name: str) -> ModelSignature:
-    with quiet_stderr():
-        import tensorflow as tf
-    signatures = tf.saved_model.load(path).signatures
-    if name not in signatures:
-        raise ParamError(
-            f"signature: expected one of the SavedModel's, {', '.join(signatures) or '(there are none)'}. "
-            f"Received: {name!r}"
-        )
-    function = signatures[name]
-
-    def specs(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(key, tuple(t.shape.as_list()[1:]) if t.shape.rank else (), t.dtype.name)
-            for key, t in tensors.items()
-        )
-
-    return ModelSignature(specs(function.structured_input_signature[1]), specs(function.structured_outputs))

@@ -1,219 +1,82 @@
-"""The Params of TFEstimator and TFModel, as mixins in Spark ML's manner.
-
-They are plain Python Params: nothing in the JVM stands behind them, so the same objects work on classic Spark
-and on Spark Connect. ``None`` stands for "not given": setting a Param to None brings its default back.
-"""
+"""The Params of TFEstimator: what a fit must know beyond what scoring needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from pyspark.ml.param import Param, Params
-from pyspark.ml.param.shared import (
-    HasBatchSize,
-    HasFeaturesCol,
-    HasInputCols,
-    HasLabelCol,
-    HasPredictionCol,
-    HasProbabilityCol,
-    HasRawPredictionCol,
-    HasSeed,
-    HasValidationIndicatorCol,
-    HasWeightCol,
-)
+from pyspark.ml.param.shared import HasBatchSize, HasLabelCol, HasSeed, HasValidationIndicatorCol, HasWeightCol
 
 from sparktf.cluster.job import GRPC
 from sparktf.ml import converters as to
+from sparktf.ml.model_params import _TFModelParams, make_param
 from sparktf.transport import protocols
 from sparktf.transport.reduction import COMPRESSIONS
 
 _PROTOCOLS = (*protocols(), GRPC)
 
 
-def _param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
-    return Param(Params._dummy(), name, doc, typeConverter=converter)
-
-
-class _QuietParams(Params):
-    """Params whose explanations stay short and whose errors stay ours."""
-
-    def _set(self, **kwargs: Any) -> Self:
-        """Set Params by name; None clears, so that the default is in force again."""
-        for name, value in kwargs.items():
-            if value is None:
-                self.clear(self.getParam(name))
-            else:
-                super()._set(**{name: value})
-        return self
-
-    def set(self, param: Param[Any], value: Any) -> None:
-        """Set one Param of this object.
-
-        Raises
-        ------
-        ParamError
-            The value is out of range.
-        TypeError
-            The value is of the wrong kind.
-        """
-        # Spark's own set() turns every ValueError into a plain one, which would lose ParamError.
-        self._shouldOwn(param)
-        self._set(**{param.name: value})
-
-    def explainParam(self, param: str | Param[Any]) -> str:
-        """Explain one Param: its name, documentation, default and current value in a short form."""
-        resolved = self._resolveParam(param)
-        values = []
-        if self.hasDefault(resolved):
-            values.append(f"default: {to.describe(self._defaultParamMap[resolved])}")
-        if self.isSet(resolved):
-            values.append(f"current: {to.describe(self._paramMap[resolved])}")
-        return f"{resolved.name}: {resolved.doc} ({', '.join(values) or 'undefined'})"
-
-    def _get(self, param: Param[Any]) -> Any:
-        """Return a Param's value, None where it has neither value nor default."""
-        return self.getOrDefault(param) if self.isDefined(param) else None
-
-
-class _TFModelParams(
-    _QuietParams, HasFeaturesCol, HasInputCols, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol
-):
-    """What a model must know to score: where its inputs come from and where its outputs go."""
-
-    inputCols = _param(
-        "inputCols",
-        "several columns, packed in this order into the model's one input; takes the place of featuresCol.",
-        to.column_list("inputCols"),
-    )
-    inputMapping = _param(
-        "inputMapping",
-        "{model input: column or list of columns}, for models with several inputs.",
-        to.column_mapping("inputMapping", several=True),
-    )
-    outputMapping = _param(
-        "outputMapping",
-        "{model output: column}: raw outputs of the model, of any shape, as (nested) arrays.",
-        to.column_mapping("outputMapping"),
-    )
-    predictBatchSize = _param(
-        "predictBatchSize",
-        "rows in one forward pass when scoring (1 or more).",
-        to.integer("predictBatchSize", 1),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._setDefault(inputMapping=None, outputMapping=None, predictBatchSize=8192, inputCols=None)
-
-    def setFeaturesCol(self, value: str) -> Self:
-        """Set featuresCol."""
-        return self._set(featuresCol=value)
-
-    def setInputCols(self, value: Sequence[str] | None) -> Self:
-        """Set inputCols."""
-        return self._set(inputCols=value)
-
-    def setInputMapping(self, value: Mapping[str, str | list[str]] | None) -> Self:
-        """Set inputMapping."""
-        return self._set(inputMapping=value)
-
-    def getInputMapping(self) -> dict[str, str | list[str]] | None:
-        """Return inputMapping, None where it was not given."""
-        mapping: dict[str, str | list[str]] | None = self._get(self.inputMapping)
-        return mapping
-
-    def setPredictionCol(self, value: str) -> Self:
-        """Set predictionCol; an empty string switches the column off."""
-        return self._set(predictionCol=value)
-
-    def setProbabilityCol(self, value: str) -> Self:
-        """Set probabilityCol; an empty string switches the column off."""
-        return self._set(probabilityCol=value)
-
-    def setRawPredictionCol(self, value: str) -> Self:
-        """Set rawPredictionCol; an empty string switches the column off."""
-        return self._set(rawPredictionCol=value)
-
-    def setOutputMapping(self, value: Mapping[str, str] | None) -> Self:
-        """Set outputMapping."""
-        return self._set(outputMapping=value)
-
-    def getOutputMapping(self) -> dict[str, str] | None:
-        """Return outputMapping, None where it was not given."""
-        mapping: dict[str, str] | None = self._get(self.outputMapping)
-        return mapping
-
-    def setPredictBatchSize(self, value: int) -> Self:
-        """Set predictBatchSize."""
-        return self._set(predictBatchSize=value)
-
-    def getPredictBatchSize(self) -> int:
-        """Return predictBatchSize, in rows."""
-        return int(self._get(self.predictBatchSize))
-
-
 class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidationIndicatorCol, HasSeed, HasBatchSize):
     """Everything a fit must know beyond what scoring needs."""
 
-    model = _param("model", "a compiled keras.Model; it is read, never changed.", to.keras_model)
-    modelFn = _param(
+    model = make_param("model", "a compiled keras.Model; it is read, never changed.", to.keras_model)
+    modelFn = make_param(
         "modelFn",
         "a function of no arguments that returns a compiled keras.Model, called on every node.",
         to.model_function,
     )
-    labelMapping = _param(
+    labelMapping = make_param(
         "labelMapping",
         "{model output: label column}, for models with several outputs; takes the place of labelCol.",
         to.column_mapping("labelMapping"),
     )
-    batchSize = _param(
+    batchSize = make_param(
         "batchSize",
         "rows per worker and step (1 or more); the global batch is batchSize * numWorkers.",
         to.integer("batchSize", 1),
     )
-    epochs = _param("epochs", "passes over the training rows (1 or more).", to.integer("epochs", 1))
-    shuffle = _param("shuffle", "permute each worker's rows anew in every epoch.", to.boolean("shuffle"))
-    seed = _param("seed", "random seed; equal seeds make equal fits.", to.integer("seed"))
-    numWorkers = _param(
+    epochs = make_param("epochs", "passes over the training rows (1 or more).", to.integer("epochs", 1))
+    shuffle = make_param("shuffle", "permute each worker's rows anew in every epoch.", to.boolean("shuffle"))
+    seed = make_param("seed", "random seed; equal seeds make equal fits.", to.integer("seed"))
+    numWorkers = make_param(
         "numWorkers",
         "nodes that train together (1 or more); each takes one task slot.",
         to.integer("numWorkers", 1),
     )
-    threadsPerWorker = _param(
+    threadsPerWorker = make_param(
         "threadsPerWorker",
         "TensorFlow threads of each node; 0: the executor's cores divided by the nodes on it.",
         to.integer("threadsPerWorker", 0),
     )
-    mode = _param(
+    mode = make_param(
         "mode",
         "'sync': every step's gradient is that of the global batch.",
         to.choice("mode", ["sync"], {"async": "parameter servers"}),
     )
-    numPs = _param("numPs", "parameter servers, for mode 'async' (1 or more).", to.integer("numPs", 1))
-    maxStaleness = _param(
+    numPs = make_param("numPs", "parameter servers, for mode 'async' (1 or more).", to.integer("numPs", 1))
+    maxStaleness = make_param(
         "maxStaleness",
         "for mode 'async': how many steps a worker may be ahead of the slowest; None: any number.",
         to.integer("maxStaleness", 0),
     )
-    protocol = _param(
+    protocol = make_param(
         "protocol",
         f"how nodes exchange gradients: {', '.join(_PROTOCOLS)}; 'auto' chooses and logs its choice, 'grpc' is "
         "TensorFlow's own.",
         to.choice("protocol", _PROTOCOLS, aliases={"grpc_rdma": "rdma"}),
     )
-    compression = _param(
+    compression = make_param(
         "compression",
         f"how gradients are encoded on the wire: {', '.join(COMPRESSIONS)}; sums stay float32.",
         to.choice("compression", COMPRESSIONS),
     )
-    callbacks = _param(
+    callbacks = make_param(
         "callbacks",
         "Keras callbacks; every node runs its own copies, the given objects are not updated.",
         to.callback_list,
     )
-    verbose = _param("verbose", "'auto', or Keras's 0, 1 or 2.", to.verbosity)
-    timeout = _param(
+    verbose = make_param("verbose", "'auto', or Keras's 0, 1 or 2.", to.verbosity)
+    timeout = make_param(
         "timeout",
         "seconds without any progress after which a fit fails (greater than 0).",
         to.positive_seconds("timeout"),

@@ -3,7 +3,7 @@
 Layout of a saved stage::
 
     path/metadata   one JSON line, as Spark ML writes it, with a "sparktf" entry
-    path/archive/0, 1, ...   Parquet: one row with a chunk of the archive, data (binary, CHUNK_BYTES or less)
+    path/archive    the archive's bytes, see `sparktf.ml.chunks`
 
 All of it goes through DataFrames, so that it reaches every file system that Spark reaches, from classic Spark
 and from Spark Connect. Nothing is ever unpickled.
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-import pyarrow as pa
 from pyspark.errors import AnalysisException
 from pyspark.ml.param import Params
 from pyspark.ml.util import (
@@ -34,6 +32,7 @@ from sparktf.cluster.preflight import is_connect
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import PersistenceError
 from sparktf.ml.archive import ModelArchive
+from sparktf.ml.chunks import chunk_count, read_chunks, write_chunks
 from sparktf.ml.signature import ModelSignature
 from sparktf.ml.summary import TrainingSummary
 
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
     from sparktf.ml.model import TFModel
 
 FORMAT = 1
-# Spark and Parquet hold a chunk in memory some ten times over while they write it.
-CHUNK_BYTES = 8 << 20
-_TABLE = pa.schema([("data", pa.large_binary())])
 
 # Values that are not JSON; the model is saved beside the metadata, the other two cannot be saved at all.
 _NOT_JSON = ("model", "modelFn", "callbacks")
@@ -91,12 +87,12 @@ class _Writer(MLWriter):
                 "kind": archive.kind,
                 "size": archive.size,
                 "digest": archive.digest,
-                "chunks": -(-archive.size // CHUNK_BYTES),
+                "chunks": chunk_count(archive),
             }
         params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in _NOT_JSON}
         DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, {"sparktf": entry}, params)
         if archive is not None:
-            _write_archive(self.sparkSession, archive, os.path.join(path, "archive"))
+            write_chunks(self.sparkSession, archive, os.path.join(path, "archive"))
 
 
 class ModelWriter(_Writer):
@@ -164,7 +160,7 @@ class _Reader(MLReader[Any]):
         described = entry.get("archive")
         if described is None:
             return metadata, entry, None
-        return metadata, entry, _read_archive(self.sparkSession, os.path.join(path, "archive"), described)
+        return metadata, entry, read_chunks(self.sparkSession, os.path.join(path, "archive"), described)
 
 
 class ModelReader(_Reader):
@@ -217,54 +213,52 @@ class EstimatorReader(_Reader):
         return estimator
 
 
-class ModelPersistence(MLWritable, MLReadable["TFModel"]):
+class _Persistence(MLWritable, MLReadable[Any]):
+    """write, save, read and load of a stage."""
+
+    _writer: ClassVar[type[_Writer]]
+    _reader: ClassVar[type[_Reader]]
+
+    def write(self) -> _Writer:
+        """Return a writer: ``write().overwrite().save(path)``."""
+        return self._writer(cast(Params, self))
+
+    @classmethod
+    def read(cls) -> _Reader:
+        """Return a reader: ``read().session(spark).load(path)``."""
+        return cls._reader(cls)
+
+    @classmethod
+    def load(cls, path: str, safe_mode: bool = True) -> Self:
+        """Load a saved stage.
+
+        Parameters
+        ----------
+        path : str
+        safe_mode : bool
+            Refuse a model that holds Python code (Lambda layers). False for files that you trust.
+
+        Raises
+        ------
+        PersistenceError
+            Not such a stage, other versions, a damaged archive, code in the file, a class that is not registered with
+            Keras.
+        """
+        return cast(Self, cls.read().safeMode(safe_mode).load(path))
+
+
+class ModelPersistence(_Persistence):
     """write, save, read and load of TFModel."""
 
-    def write(self) -> ModelWriter:
-        """Return a writer: ``write().overwrite().save(path)``."""
-        return ModelWriter(cast(Params, self))
-
-    @classmethod
-    def read(cls) -> ModelReader:
-        """Return a reader: ``read().session(spark).load(path)``."""
-        return ModelReader(cls)
-
-    @classmethod
-    def load(cls, path: str, safe_mode: bool = True) -> TFModel:
-        """Load a saved model.
-
-        Parameters
-        ----------
-        path : str
-        safe_mode : bool
-            Refuse a model that holds Python code (Lambda layers). False for files that you trust.
-        """
-        return cls.read().safeMode(safe_mode).load(path)
+    _writer = ModelWriter
+    _reader = ModelReader
 
 
-class EstimatorPersistence(MLWritable, MLReadable[Any]):
+class EstimatorPersistence(_Persistence):
     """write, save, read and load of TFEstimator."""
 
-    def write(self) -> EstimatorWriter:
-        """Return a writer: ``write().overwrite().save(path)``."""
-        return EstimatorWriter(cast(Params, self))
-
-    @classmethod
-    def read(cls) -> EstimatorReader:
-        """Return a reader: ``read().session(spark).load(path)``."""
-        return EstimatorReader(cls)
-
-    @classmethod
-    def load(cls, path: str, safe_mode: bool = True) -> Any:
-        """Load a saved estimator.
-
-        Parameters
-        ----------
-        path : str
-        safe_mode : bool
-            Refuse a model that holds Python code (Lambda layers). False for files that you trust.
-        """
-        return cls.read().safeMode(safe_mode).load(path)
+    _writer = EstimatorWriter
+    _reader = EstimatorReader
 
 
 def versions() -> dict[str, str]:
@@ -309,39 +303,3 @@ def _read_metadata(spark: SparkSession, path: str) -> dict[str, Any]:
         raise PersistenceError(f"there is no saved stage at {path!r}") from exc
     except (json.JSONDecodeError, TypeError) as exc:
         raise PersistenceError(f"the metadata at {path!r} cannot be read: {exc}") from exc
-
-
-def _write_archive(spark: SparkSession, archive: ModelArchive, path: str) -> None:
-    for index, piece in enumerate(archive.chunks(CHUNK_BYTES)):
-        table = pa.table({"data": pa.array([piece], pa.large_binary())}, schema=_TABLE)
-        # One job a chunk: neither this process nor Spark then holds more than one. Weights neither compress nor repeat.
-        writer = spark.createDataFrame(table).coalesce(1).write.option("compression", "uncompressed")
-        writer.option("parquet.enable.dictionary", "false").parquet(os.path.join(path, str(index)))
-
-
-def _read_archive(spark: SparkSession, path: str, described: Mapping[str, Any]) -> ModelArchive:
-    with tempfile.TemporaryDirectory(prefix="sparktf-load-") as directory:
-        local = os.path.join(directory, "archive")
-        with open(local, "wb") as file:
-            for index in range(described["chunks"]):
-                file.write(_read_chunk(spark, path, index))
-        archive = ModelArchive.from_file(local, move=True)
-    if archive.digest != described["digest"]:
-        raise _damaged(path, f"digest {described['digest']}", archive.digest)
-    return archive
-
-
-def _read_chunk(spark: SparkSession, path: str, index: int) -> bytes:
-    try:
-        rows = spark.read.schema("data binary").parquet(os.path.join(path, str(index))).collect()
-    except AnalysisException as exc:
-        if exc.getCondition() != "PATH_NOT_FOUND":
-            raise
-        rows = []
-    if len(rows) != 1:
-        raise _damaged(path, f"one chunk {index}", len(rows))
-    return bytes(rows[0][0])
-
-
-def _damaged(path: str, expected: str, received: object) -> PersistenceError:
-    return PersistenceError(f"the archive at {path!r} is damaged: expected {expected}. Received: {received}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyspark.sql import types as T
 
 from sparktf.errors import ParamError
-from sparktf.ml.feed import ID, Feed, FeedColumn
+from sparktf.ml.feed import ID, Feed
+from sparktf.ml.inputs import FeedColumn, input_columns
 from sparktf.ml.params import _TFEstimatorParams
 from sparktf.ml.schema import ColumnType, check_flag, column_type
 
@@ -32,10 +33,7 @@ def plan_feed(params: _TFEstimatorParams, schema: T.StructType) -> Feed:
     DataError
         A column is missing or has a type that cannot be fed.
     """
-    inputs = tuple(
-        FeedColumn(f"x{i}", target, tuple(column_type(schema, c, use) for c in columns))
-        for i, (target, columns, use) in enumerate(_inputs(params))
-    )
+    inputs = input_columns(params, schema)
     mapping = params.getLabelMapping()
     labels = (
         [(None, params.getLabelCol(), "labelCol")]
@@ -67,19 +65,6 @@ def spread_rows(dataset: DataFrame, feed: Feed, workers: int) -> DataFrame:
     numbered = dataset.select(*feed.expressions(), F.monotonically_increasing_id().alias(ID))
     row, partition = F.col(ID).bitwiseAND(F.lit((1 << _ROW_BITS) - 1)), F.shiftright(F.col(ID), _ROW_BITS)
     return numbered.repartitionById(workers, ((row + partition) % workers).cast("int"))
-
-
-def _inputs(params: _TFEstimatorParams) -> list[tuple[str | None, list[str], str]]:
-    mapping = params.getInputMapping()
-    if mapping is not None:
-        return [
-            (target, [columns] if isinstance(columns, str) else list(columns), f"inputMapping[{target!r}]")
-            for target, columns in mapping.items()
-        ]
-    packed: Any = params._get(params.inputCols)
-    if packed:
-        return [(None, list(packed), "inputCols")]
-    return [(None, [params.getFeaturesCol()], "featuresCol")]
 
 
 def _optional(params: _TFEstimatorParams, schema: T.StructType, name: str) -> ColumnType | None:

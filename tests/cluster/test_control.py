@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sparktf.cluster.control import CHUNK_BYTES, ControlAddress, ControlClient, ControlServer
+from sparktf.cluster.control import CHUNK_BYTES, ControlAddress, ControlClient
+from sparktf.cluster.control_server import ControlServer
 
 SECRET = b"s" * 32
 

@@ -12,7 +12,7 @@ from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.feature import VectorAssembler
 
 from sparktf.errors import PersistenceError
-from sparktf.ml import payload, persistence
+from sparktf.ml import chunks, payload
 from sparktf.ml.model import TFModel
 
 
@@ -32,7 +32,7 @@ def rows(model: Any, frame: Any) -> list[Any]:
 
 
 def test_a_model_scores_and_comes_back_from_disk(frame: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5000)
     model = TFModel.fromKeras(network(), inputCols=["a", "b"])
     scored = rows(model, frame)
     assert [r[0] is None for r in scored] == [False, False, True, False, False]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sparktf.errors import ParamError
-from sparktf.ml.params import _TFEstimatorParams, _TFModelParams
+from sparktf.ml.model_params import _TFModelParams
+from sparktf.ml.params import _TFEstimatorParams
 
 
 @pytest.fixture

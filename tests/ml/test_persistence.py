@@ -23,7 +23,7 @@ from pyspark.ml.tuning import CrossValidator, CrossValidatorModel, ParamGridBuil
 
 from sparktf.distribute.custom_objects import custom_objects, registered
 from sparktf.errors import PersistenceError
-from sparktf.ml import persistence
+from sparktf.ml import chunks
 from sparktf.ml.archive import ModelArchive
 from sparktf.ml.model import TFModel
 from sparktf.ml.params import _TFEstimatorParams
@@ -101,11 +101,11 @@ def test_overwrite_replaces_and_save_alone_does_not(spark: Any, tmp_path: Path) 
 def test_archives_larger_than_a_chunk_are_put_together_again(
     spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(persistence, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5000)
     model = TFModel.fromKeras(network())
     model.save(str(tmp_path / "m"))
-    chunks = list((tmp_path / "m" / "archive").iterdir())
-    assert len(chunks) == -(-model._trained.archive.size // 5000) > 1
+    written = list((tmp_path / "m" / "archive").iterdir())
+    assert len(written) == -(-model._trained.archive.size // 5000) > 1
     assert TFModel.load(str(tmp_path / "m"))._trained.archive.digest == model._trained.archive.digest
     (tmp_path / "m" / "archive" / "1").rename(tmp_path / "gone")
     with pytest.raises(PersistenceError, match="damaged: expected one chunk 1"):
