@@ -15,8 +15,8 @@ STAMP := .venv/.installed
 UV := $(BIN)/uv --quiet --no-progress $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),--system-certs)
 PYTEST := $(BIN)/python -m pytest
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-# Of all scripts but the one that needs ten gigabytes of memory.
-BENCHMARKS := $(filter-out benchmarks/large_model.py,$(wildcard benchmarks/*.py))
+# Of all scripts but the one that needs ten gigabytes of memory, and the one that boots a virtual machine.
+BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
 # Extras that the lock holds: all that tests, notebooks and the demo use.
 EXTRAS := local connect tls test notebooks
 

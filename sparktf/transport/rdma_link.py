@@ -129,12 +129,12 @@ class RdmaLink(Link):
 
     def post(self, view: memoryview, header: bytes = b"") -> None:
         """Begin to send; see `Link`."""
-        key = self._source_key(view)
-        together = key is None and view.nbytes and aligned(len(header)) + view.nbytes <= self._slot_bytes
+        source = self._source(view)
+        together = source is None and view.nbytes and aligned(len(header)) + view.nbytes <= self._slot_bytes
         if header and not together:
             self._waiting.append(_Fragment(DATA, header, view[:0]))
             header = b""
-        self._cut(DATA, header, view, key, None)
+        self._cut(DATA, header, view, source, None)
         self._pump()
 
     def flush(self) -> None:
@@ -179,7 +179,7 @@ class RdmaLink(Link):
             return
         address, rkey = self._target
         offset = address_of(np.frombuffer(view, np.uint8)) - self._base
-        self._cut(PLACED, b"", view, self._source_key(view), (address + offset, rkey))
+        self._cut(PLACED, b"", view, self._source(view), (address + offset, rkey))
         self._pump()
 
     def shutdown(self) -> None:
@@ -206,14 +206,11 @@ class RdmaLink(Link):
         """Destroy the queue pair; the slots are the adapter's to release."""
         self._pair.close()
 
-    def _cut(self, kind: int, header: bytes, view: memoryview, key: int | None, target: Target | None) -> None:
+    def _cut(self, kind: int, header: bytes, view: memoryview, source: Target | None, target: Target | None) -> None:
         """Queue a view in fragments of at most a slot's size."""
-        address = 0 if key is None else address_of(np.frombuffer(view, np.uint8))
         for start in range(0, view.nbytes, self._slot_bytes):
             body = view[start : start + self._slot_bytes]
-            source = None if key is None else (address + start, key)
-            there = None if target is None else (target[0] + start, target[1])
-            self._waiting.append(_Fragment(kind, header, body, source, there))
+            self._waiting.append(_Fragment(kind, header, body, _further(source, start), _further(target, start)))
 
     def _pump(self) -> None:
         """Post what slots and the send queue have room for, and credits where many are owed."""
@@ -271,12 +268,13 @@ class RdmaLink(Link):
             self._pair.completed(completion.wr_id)
         self._pump()
 
-    def _source_key(self, view: memoryview) -> int | None:
-        """Return the local key of a view that is worth sending from where it is; None where it must be copied."""
+    def _source(self, view: memoryview) -> Target | None:
+        """Return address and local key of a view that is worth sending from where it is; None: it must be copied."""
         if view.nbytes < _DIRECT_BYTES or not self._regions:
             return None
-        region = self._region_of(address_of(np.frombuffer(view, np.uint8)), view.nbytes)
-        return region.lkey if region else None
+        address = address_of(np.frombuffer(view, np.uint8))
+        region = self._region_of(address, view.nbytes)
+        return (address, region.lkey) if region else None
 
     def _region_of(self, address: int, nbytes: int) -> Region | None:
         return next((region for region in self._regions if region.holds(address, nbytes)), None)
@@ -304,3 +302,7 @@ class RdmaLink(Link):
                 self._on_quiet()
             wait = (self._timeout if asked else self._timeout / 2) - quiet
             self._completions.turn(wait if self._left_at is None else _AFTER_GOODBYE)
+
+
+def _further(target: Target | None, nbytes: int) -> Target | None:
+    return None if target is None else (target[0] + nbytes, target[1])
