@@ -45,14 +45,21 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read the RDMA choices from ``SPARKTF_RDMA_DEVICE``, ``SPARKTF_RDMA_PORT`` and ``SPARKTF_RDMA_GID_INDEX``.
+        """Read the choices that are a matter of the machine.
+
+        ``SPARKTF_TLS`` (0 or 1), ``SPARKTF_RDMA_DEVICE``, ``SPARKTF_RDMA_PORT`` and ``SPARKTF_RDMA_GID_INDEX``; on a
+        cluster by ``spark.executorEnv.SPARKTF_TLS`` and so on.
 
         Raises
         ------
         ParamError
             A variable holds what cannot be meant.
         """
+        tls = _whole("SPARKTF_TLS", 0)
+        if tls not in (0, 1):
+            raise ParamError(f"Expected the environment's SPARKTF_TLS to be 0 or 1. Received: {tls}.")
         return cls(
+            tls=bool(tls),
             rdma_device=os.environ.get("SPARKTF_RDMA_DEVICE"),
             rdma_port=_whole("SPARKTF_RDMA_PORT", 1),
             rdma_gid_index=_whole("SPARKTF_RDMA_GID_INDEX", None),

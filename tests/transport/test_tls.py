@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
-from sparktf.errors import HandshakeError, ProtocolError  # noqa: E402
+from sparktf.errors import HandshakeError, ParamError, ProtocolError  # noqa: E402
 from sparktf.transport import Settings, mesh  # noqa: E402
 from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
 from sparktf.transport.tls import Credentials  # noqa: E402
@@ -104,3 +104,12 @@ def test_encrypted_ranks_reduce_large_arrays():
         "tcp", 3, lambda comm: float(comm.all_reduce(np.ones(3_000_000))[-1]), settings=[Settings(tls=True)] * 3
     )
     assert outcomes == [3.0] * 3
+
+
+def test_the_environment_asks_for_encryption_and_auto_heeds_it(monkeypatch):
+    monkeypatch.setenv("SPARKTF_TLS", "1")
+    (protocol, reason), _ = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason))
+    assert (protocol, reason) == ("tcp", "encryption was asked for")
+    monkeypatch.setenv("SPARKTF_TLS", "2")
+    with pytest.raises(ParamError, match="SPARKTF_TLS to be 0 or 1"):
+        Settings.from_environment()
