@@ -114,7 +114,7 @@ def test_control_messages_that_cannot_be_read_are_a_failure_of_the_peer_and_not_
         failures.append((peer, reason, told))
         failed.set()
 
-    watch = Watch({3: ours}, on_failure, lambda: "testing")
+    watch = Watch({3: ours}, on_failure, lambda peer: None, lambda: "testing")
     watch.start()
     with theirs:
         theirs.sendall(data)
