@@ -1,5 +1,7 @@
 import os
+import signal
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ pytest.register_assert_rewrite("sparktf.transport.testing")
 from sparktf import transport  # noqa: E402
 from sparktf.errors import ProtocolError, TransportError  # noqa: E402
 from sparktf.transport.segment import Segment  # noqa: E402
-from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
+from sparktf.transport.testing import TransportConformance, processes, run_threads  # noqa: E402
 
 
 class TestShm(TransportConformance):
@@ -22,8 +24,22 @@ def on_hosts(*names):
     return [transport.Settings(host_id=name) for name in names]
 
 
-def shared_files():
-    return [name for name in os.listdir("/dev/shm") if name.startswith("sparktf-")]
+@pytest.fixture
+def made(monkeypatch):
+    """The paths of all memory that is made in this process."""
+    create, paths = Segment.create.__func__, []
+
+    def remember(cls, nbytes):
+        segment = create(cls, nbytes)
+        paths.append(segment.path)
+        return segment
+
+    monkeypatch.setattr(Segment, "create", classmethod(remember))
+    return paths
+
+
+def those_left(paths):
+    return [path for path in paths if os.path.exists(path)]
 
 
 def test_ranks_on_several_hosts_are_refused_with_the_way_out():
@@ -32,7 +48,7 @@ def test_ranks_on_several_hosts_are_refused_with_the_way_out():
     assert all("protocol='auto'" in str(outcome) and "0, 1" in str(outcome) for outcome in outcomes)
 
 
-def test_nobody_else_can_open_the_memory_and_no_name_is_left():
+def test_nobody_else_can_open_the_memory():
     segment = Segment.create(5000)
     try:
         status = os.stat(segment.path)
@@ -47,16 +63,47 @@ def test_nobody_else_can_open_the_memory_and_no_name_is_left():
         segment.unlink()
     assert not Path(segment.path).exists()
 
+
+def test_no_name_is_left_while_ranks_still_work(made):
     def main(comm):
         comm.allocate(1000, np.float32)
         comm.all_gather(np.ones(300_000))
         comm.barrier()
-        return shared_files()
+        return those_left(made)
 
     assert run_threads("shm", 3, main) == [[]] * 3
+    # Of each rank: for reductions, for what was allocated, and for what it gathered to its neighbour.
+    assert len(made) == 9
 
 
-def test_memory_that_finds_no_room_is_an_error_that_says_what_to_do():
+def test_no_name_is_left_of_a_killed_rank(tmp_path):
+    with processes("shm", 2, report_files, tmp_path, timeout=20.0) as ranks:
+        paths = [path for rank in ranks for path in mapped_files(rank)]
+        ranks[0].signal(signal.SIGKILL)
+        assert ranks[1].report()["error"] == "PeerLostError"
+    assert len(paths) >= 4
+    assert not those_left(paths)
+
+
+def report_files(comm):
+    large = comm.allocate(1 << 20, np.float32)
+    while True:
+        comm.all_reduce(large)
+
+
+def mapped_files(rank):
+    assert rank.report()["event"] == "connected"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        lines = Path(f"/proc/{rank.pid}/maps").read_text().splitlines()
+        paths = {line.split(maxsplit=5)[5].removesuffix(" (deleted)") for line in lines if "/sparktf-" in line}
+        if len(paths) == 4:
+            return paths
+        time.sleep(0.05)
+    return set()
+
+
+def test_memory_that_finds_no_room_is_an_error_that_says_what_to_do(made):
     with pytest.raises(TransportError, match="--shm-size"):
         Segment.create(1 << 60)
 
@@ -65,27 +112,21 @@ def test_memory_that_finds_no_room_is_an_error_that_says_what_to_do():
 
     outcomes = run_threads("shm", 2, main)
     assert all(isinstance(outcome, TransportError) for outcome in outcomes)
-    assert not shared_files()
+    assert made
+    assert not those_left(made)
 
 
-def test_containers_of_one_machine_that_cannot_open_each_others_files_use_sockets(monkeypatch):
+def test_containers_of_one_machine_that_cannot_open_each_others_files_use_sockets(made, monkeypatch):
     attach = Segment.attach.__func__
 
     def refuse(cls, path, nbytes):
-        if path.endswith(hidden[0][-8:]):
+        if path == made[0]:
             raise FileNotFoundError(2, "No such file or directory", path)
         return attach(cls, path, nbytes)
 
-    create, hidden = Segment.create.__func__, []
-
-    def remember(cls, nbytes):
-        segment = create(cls, nbytes)
-        hidden.append(segment.path)
-        return segment
-
-    monkeypatch.setattr(Segment, "create", classmethod(remember))
     monkeypatch.setattr(Segment, "attach", classmethod(refuse))
     outcomes = run_threads("auto", 3, lambda comm: (comm.protocol, comm.reason, float(comm.all_reduce(np.ones(1))[0])))
     assert {outcome[0] for outcome in outcomes} == {"tcp"}
+    assert {outcome[2] for outcome in outcomes} == {3.0}
     assert all("cannot be opened" in outcome[1] for outcome in outcomes)
-    assert not shared_files()
+    assert not those_left(made)

@@ -9,7 +9,8 @@ import pytest
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf import transport  # noqa: E402
-from sparktf.errors import TransportError, TransportTimeoutError  # noqa: E402
+from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError  # noqa: E402
+from sparktf.transport.doorman import Group  # noqa: E402
 from sparktf.transport.testing import (  # noqa: E402
     SECRET,
     MemoryExchange,
@@ -159,3 +160,36 @@ def test_a_larger_world_reduces_both_small_and_large(size):
         return [comm.all_reduce(np.ones(length))[-1] for length in (1, 5_000, 50_000, 600_000)]
 
     assert run_threads("tcp", size, main) == [[size] * 4] * size
+
+
+def test_the_listener_is_bound_to_its_address_and_closed_once_all_are_here():
+    meeting = MemoryExchange(2)
+    cards = []
+
+    def watched(rank):
+        def exchange(entry):
+            entries = meeting.of(rank)(entry)
+            cards[:] = [json.loads(card) for card in entries]
+            # Everybody listens by now, on the loopback address that was asked for and no other.
+            own = cards[rank]
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", own["port"]), 5)
+            return entries
+
+        return exchange
+
+    assert pair(watched) == [[2.0] * 3] * 2
+    for card in cards:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((card["host"], card["port"]), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("job", "an earlier attempt's"), ("size", 4), ("version", "0.0.1"), ("rank", 3), ("rank", "1")]
+)
+def test_a_peer_that_holds_the_secret_but_belongs_elsewhere_is_refused_by_what_differs(name, value):
+    group = Group(rank=0, size=3, job="this attempt's", secret=SECRET, deadline=time.monotonic() + 5)
+    theirs = Group(rank=1, size=3, job="this attempt's", secret=SECRET, deadline=0).identity("data", 0)
+    assert group.check(theirs) == 1
+    with pytest.raises(HandshakeError, match=f"{name}.*Received"):
+        group.check(theirs | {name: value})
