@@ -114,7 +114,7 @@ def test_one_seed_makes_bit_identical_fits_and_leaves_the_given_model_alone(fram
     assert {"loss", "accuracy", "auc", "val_loss", "val_accuracy", "val_auc"} == set(history.columns) - {"epoch"}
     assert history.equals(again.summary.history)
     assert np.isfinite(history.to_numpy()).all()
-    assert (summary.rows, summary.validationRows, summary.worldSize, summary.protocol) == (40, 10, 2, "tcp")
+    assert (summary.rows, summary.validationRows, summary.worldSize, summary.protocol) == (40, 10, 2, "shm")
     assert (summary.epochs, summary.stepsPerEpoch) == (3, 3)
     assert summary.rowsPerSecond > 0
     # One process over the held-out rows says what the two of them said together.
