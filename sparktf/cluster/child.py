@@ -142,7 +142,7 @@ def _rebuild(error: dict[str, Any], rank: int) -> Exception:
         return PeerLostError(error["message"], error["peer"], error["reason"])
     if known is not None and known is not NodeError:
         return known(error["message"])
-    message = f"{error['kind']}: {error['message']}\n\n{error['traceback']}"
+    message = f"{error['kind'].removeprefix('builtins.')}: {error['message']}\n\n{error['traceback']}"
     return NodeError(message, rank, error["traceback"])
 
 

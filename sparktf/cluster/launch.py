@@ -204,7 +204,10 @@ def _node_error(failure: NodeFailure) -> Exception:
             failure.rank,
         )
     ours = own_error(failure.kind)
-    if ours is not None and ours is not NodeError:
+    if ours is NodeError:
+        # Of a child process, whose own error and traceback are in the message.
+        return NodeError(f"Rank {failure.rank} failed: {failure.message}", failure.rank, failure.traceback)
+    if ours is not None:
         named = ours(f"rank {failure.rank}: {failure.message}")
         named.add_note(f"On rank {failure.rank}:\n{failure.traceback}")
         return named

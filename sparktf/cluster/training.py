@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -69,13 +70,29 @@ def archive_file(pieces: Iterable[bytes] | None) -> Iterator[str | None]:
 
 
 def load_model(path: str) -> Any:
-    """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed."""
+    """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed.
+
+    Raises
+    ------
+    ParamError
+        It is made of a class that this process cannot find.
+    """
     import keras
 
     with warnings.catch_warnings():
         # A model that was never trained has no optimizer variables to load, and Keras warns of that.
         warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
-        return keras.saving.load_model(path, safe_mode=False)
+        try:
+            return keras.saving.load_model(path, safe_mode=False)
+        except TypeError as error:
+            # Keras has no exception class for it.
+            missing = re.search(r"Could not locate (class|function) '[^']+'", str(error))
+            if missing is None:
+                raise
+            raise ParamError(
+                f"model: expected classes and functions that nodes can find. Received from Keras: {missing[0]}. "
+                "Decorate it with @keras.saving.register_keras_serializable(), or give a modelFn."
+            ) from error
 
 
 def train(

@@ -69,6 +69,21 @@ def test_a_model_that_was_never_built_is_built_from_the_rows(frame: DataFrame, t
     assert TFEstimator.load(path).fit(pairs).model.input_shape == (None, 2)
 
 
+class Unregistered(keras.Model):
+    """Keras finds neither a registration of it nor, on a node, its module."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.sum(x, axis=1, keepdims=True)
+
+
+def test_a_class_that_nodes_cannot_find_is_named(frame: DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unregistered, "__module__", "__main__")
+    model = Unregistered()
+    model.compile("sgd", "mse")
+    with pytest.raises(ParamError, match=r"Could not locate class .*register_keras_serializable.*modelFn"):
+        estimator(model=model).fit(frame)
+
+
 def test_a_model_travels_in_several_broadcast_pieces(
     frame: DataFrame, monkeypatch: pytest.MonkeyPatch, no_leftovers: Any
 ) -> None:
