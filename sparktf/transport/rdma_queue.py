@@ -100,21 +100,27 @@ class Completions:
         """Have the completions of a queue pair given to `owner`."""
         self._owners[number] = owner
 
-    def turn(self, seconds: float) -> None:
-        """Give out what has completed; where that is nothing, wait for something, or for `wake`."""
+    def turn(self, seconds: float) -> bool:
+        """Give out what has completed; where that is nothing, wait for something, or for `wake`.
+
+        Returns
+        -------
+        bool
+            Whether anything was given out.
+        """
         if self._give_out():
-            return
+            return True
         self.queue.req_notify()
         # What completed before the request is not notified of.
         if self._give_out():
-            return
+            return True
         for descriptor, _ in self._select.poll(max(0.0, seconds) * 1000):
             if descriptor == self._descriptor:
                 self._channel.get_cq_event(self.queue)
                 self.queue.ack_events(1)
             else:
                 os.eventfd_read(self._wake)
-        self._give_out()
+        return self._give_out()
 
     def wake(self) -> None:
         """Make `turn` come back, the next one where none waits; called by any thread."""
