@@ -15,7 +15,7 @@ from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_pat
 from sparktf.transport.settings import Settings
 from sparktf.transport.shared import STAGING_BYTES, Job, SharedGroup
 from sparktf.transport.shm_link import ShmLink
-from sparktf.transport.tcp import INLINE_BYTES
+from sparktf.transport.tcp import CHUNK_BYTES, INLINE_BYTES
 from sparktf.transport.wire import pack_header
 
 # Ranks that wait while others talk to another machine hear of them at least once in so many bytes.
@@ -77,6 +77,7 @@ class ShmCommunicator(CollectiveCommunicator):
     """
 
     protocol = "shm"
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float, hosts: Hosts) -> None:
         super().__init__(rank, size, timeout)
