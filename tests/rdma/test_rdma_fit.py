@@ -1,13 +1,15 @@
 """One whole fit on Spark over RDMA; in a pytest of its own, as it takes minutes where the machine is emulated."""
 
-import keras
 import numpy as np
 import pytest
 
-from sparktf import TFEstimator
-
 
 def fit(spark, protocol):
+    # Late, as it takes minutes under emulation, which the other tests of this directory need not spend.
+    import keras
+
+    from sparktf import TFEstimator
+
     rows = [(float(x % 7), float(x % 5), float(x % 7 - x % 5)) for x in range(64)]
     df = spark.createDataFrame(rows, ["a", "b", "label"])
     keras.utils.set_random_seed(1)
