@@ -17,7 +17,9 @@ TIMEOUT = 2.0
 
 
 def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    # Where tc is, which not every PATH names.
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -25,7 +27,11 @@ def run(*command):
 @pytest.fixture
 def cable():
     """Two namespaces, each with an interface ``v0`` on one cable."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
+    if (
+        os.geteuid() != 0
+        or shutil.which("ip") is None
+        or shutil.which("tc", path="/usr/sbin:/sbin:/usr/bin:/bin") is None
+    ):
         pytest.skip("network namespaces need root and iproute2")
     with ExitStack() as stack:
         try:
