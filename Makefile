@@ -16,7 +16,7 @@ UV := $(BIN)/uv --quiet --no-progress $(if $(wildcard /etc/ssl/certs/ca-certific
 PYTEST := $(BIN)/python -m pytest
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Of all scripts but the one that needs ten gigabytes of memory, and the one that boots a virtual machine.
-BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/link.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
 # Extras that the lock holds: all that tests, notebooks and the demo use.
 EXTRAS := local connect tls test notebooks
 

@@ -16,10 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from link import slow_link
 
 HERE = Path(__file__).parent
 WORKER = HERE / "peers" / "worker.py"
@@ -137,35 +139,12 @@ def make_peers() -> bool:
     return subprocess.run([str(PEERS), "-c", "import torch"], capture_output=True).returncode == 0
 
 
-@contextmanager
-def slow_link() -> Iterator[tuple[list[list[str]], list[str]]]:
-    """Two network namespaces with a link of `LINK_BITS` each way; yield how to run in each, and their addresses."""
-    names = ["sparktf-bench-0", "sparktf-bench-1"]
-    hosts = ["10.231.7.1", "10.231.7.2"]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    with ExitStack() as stack:
-        for name in names:
-            ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
-        ip("link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v0", "netns", names[1])
-        for name, host in zip(names, hosts, strict=True):
-            ip("-n", name, "addr", "add", f"{host}/24", "dev", "v0")
-            ip("-n", name, "link", "set", "v0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            limit = ["tbf", "rate", f"{LINK_BITS}bit", "burst", "256kb", "latency", "50ms"]
-            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "v0", "root", *limit], check=True)
-        yield [["ip", "netns", "exec", name] for name in names], hosts
-
-
 def compare_on_link(kinds: list[str], rounds: int) -> list[dict[str, Any]]:
     """Print the share of the bound of a 1 Gbit/s link that each contender reaches with 64 MiB and two ranks."""
     nbytes = 64 * MIB
     bound = 2 * (2 - 1) / 2 * nbytes * 8 / LINK_BITS
     with ExitStack() as stack:
-        prefixes, hosts = stack.enter_context(slow_link())
+        prefixes, hosts = stack.enter_context(slow_link(LINK_BITS))
         groups = {}
         for kind in kinds:
             groups[kind] = Group(kind, 2, prefixes, hosts)
