@@ -24,15 +24,17 @@ from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.threads import op_threads
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
-from sparktf.errors import NodeError, PeerLostError, own_error
+from sparktf.errors import NodeError, PeerLostError, TransportTimeoutError, own_error
 from sparktf.transport import Communicator, connect
 from sparktf.transport.framing import recv_frame, send_frame
 
-_JOB, _PIECE, _EXCHANGE, _PROGRESS, _RESULT, _ERROR = range(1, 7)
+_JOB, _PIECE, _EXCHANGE, _MET, _PROGRESS, _RESULT, _ERROR = range(1, 8)
 # The job itself is the largest: whatever its program carries.
 _FRAME_LIMIT = 1 << 40
 _SEND_SECONDS = 60.0
 _EXIT_SECONDS = 10.0
+# What a child may take to import TensorFlow and load its model, beyond the job's timeout.
+_START_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -101,7 +103,7 @@ def train_in_child(
                 send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
                 for piece in itertools.chain(job.archive.pieces(), [b""]) if job.archive is not None else ():
                     send_frame(ours, _PIECE, piece, _SEND_SECONDS)
-            outcome = _serve(ours, communicator, report)
+            outcome = _serve(ours, communicator, report, job.timeout + _START_SECONDS)
         finally:
             # Wakes a child that still waits for an answer.
             ours.shutdown(socket.SHUT_RDWR)
@@ -115,18 +117,39 @@ def train_in_child(
 
 
 def _serve(
-    sock: socket.socket, communicator: Communicator, report: Callable[[dict[str, Any]], None] | None
+    sock: socket.socket,
+    communicator: Communicator,
+    report: Callable[[dict[str, Any]], None] | None,
+    until_met: float,
 ) -> dict[str, Any] | Exception | None:
-    """Answer the child until it is done; return its result, its error, or None where it vanished."""
+    """Answer the child until it is done; return its result, its error, or None where it vanished.
+
+    Parameters
+    ----------
+    sock : socket
+    communicator : Communicator
+    report : callable or None
+    until_met : float
+        Seconds between the child's words until it has met the others: TensorFlow waits without end for a peer of its
+        cluster that does not come.
+    """
+    timeout: float | None = until_met
     while True:
         try:
-            # Without end: the child may train for hours, and its death closes the socket.
-            kind, payload = recv_frame(sock, None, _FRAME_LIMIT)
+            # Then without end: the child may train for hours, and its death closes the socket.
+            kind, payload = recv_frame(sock, timeout, _FRAME_LIMIT)
         except PeerLostError:
             return None
+        except TransportTimeoutError:
+            return TransportTimeoutError(f"Expected the ranks' child processes to meet within {until_met} s.")
         if kind == _EXCHANGE:
             parts = [part.hex() for part in communicator.all_gather_bytes(payload)]
-            send_frame(sock, _EXCHANGE, json.dumps(parts).encode(), _SEND_SECONDS)
+            try:
+                send_frame(sock, _EXCHANGE, json.dumps(parts).encode(), _SEND_SECONDS)
+            except PeerLostError:
+                return None
+        elif kind == _MET:
+            timeout = None
         elif kind == _PROGRESS and report is not None:
             report(json.loads(payload))
         elif kind == _RESULT:
@@ -217,6 +240,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
             # Before the first op runs: TensorFlow takes a cluster only then.
             cluster = start_cluster(communicator, told["host"]) if job.over_grpc else None
             reducer = None if cluster is None else GrpcReducer(communicator, job.timeout)
+            send_frame(sock, _MET, b"", _SEND_SECONDS)
             model = make_model(path, program, job.settings.seed)
             held.close()
             return train(

@@ -116,6 +116,11 @@ class GradientExchange:
                 buffer = self._sets[self._turn][len(self._sent)]
                 self._sent.append(self._thread.submit(self._reduce, buffer))
 
+    @property
+    def pending(self) -> bool:
+        """Whether the thread still has buckets to sum."""
+        return not all(future.done() for future in self._sent)
+
     def reduce_here(self) -> None:
         """Sum all buckets in the calling thread."""
         for buffer in self._sets[self._turn]:

@@ -68,7 +68,8 @@ class FitReport:
     seconds : float
         Wall-clock seconds of the whole fit on this rank.
     communicate_seconds : float
-        Seconds of it that this rank waited for collectives; those that ran while TensorFlow computed do not count.
+        Seconds of it that this rank waited for collectives: not those that ran while TensorFlow computed, nor
+        TensorFlow's own.
     steps_per_epoch : int
     notices : list of str
         What was changed for the fit, for people.

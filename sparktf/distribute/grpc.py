@@ -7,6 +7,7 @@ once in a process, so this is for nodes in fresh ones.
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from sparktf.transport import Communicator
 
 # Any number that TensorFlow itself does not count up to.
 _GROUP_KEY = 0x5F54
+# A peer's end is heard of within milliseconds; TensorFlow may hear of it first.
+_WORD_SECONDS, _POLL_SECONDS = 2.0, 0.01
 
 
 def start_cluster(communicator: Communicator, host: str) -> Any:
@@ -72,7 +75,8 @@ class GrpcReducer(GradientReducer):
     def __init__(self, communicator: Communicator, timeout: float) -> None:
         super().__init__(communicator)
         self._timeout = timeout
-        self._instances: dict[int, int] = {}
+        self._first_instances: dict[int, int] = {}
+        self._instances = 0
 
     def _trace(self, exchange: GradientExchange, tensors: list[Any], slices: list[Any], share: Any) -> list[Any]:
         import tensorflow as tf
@@ -106,13 +110,15 @@ class GrpcReducer(GradientReducer):
     def _reduced(self, flat: Any, exchange: GradientExchange, number: int) -> Any:
         import tensorflow as tf
 
-        # Exchanges are made, and so numbered, in one order on all ranks.
-        first = self._instances.setdefault(id(exchange), sum(len(e.buckets) for e in self._exchanges.values()))
+        if id(exchange) not in self._first_instances:
+            # Exchanges are made, and so numbered, in one order on all ranks.
+            self._first_instances[id(exchange)] = self._instances
+            self._instances += len(exchange.buckets)
         return tf.raw_ops.CollectiveReduceV2(
             input=flat,
             group_size=self._communicator.size,
             group_key=_GROUP_KEY,
-            instance_key=first + number,
+            instance_key=self._first_instances[id(exchange)] + number,
             ordering_token=[],
             merge_op="Add",
             final_op="Id",
@@ -127,11 +133,24 @@ class GrpcReducer(GradientReducer):
         import tensorflow as tf
 
         known = super().explain(error)
-        lost = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
-        if known is not None or not isinstance(error, (*lost, tf.errors.CancelledError)):
+        if known is not None or not isinstance(error, tf.errors.OpError):
             return known
         try:
-            self._communicator.barrier()
+            if isinstance(error, tf.errors.DeadlineExceededError) and "CollectiveReduce" in error.message:
+                # Nobody has ended: a meeting tells which rank does not answer.
+                self._communicator.barrier()
+            # Others' errors end a step as well, of files and servers; then the communicator has nothing to say.
+            deadline = time.monotonic() + _WORD_SECONDS
+            while isinstance(error, _lost()) and time.monotonic() < deadline:
+                self._communicator.check()
+                time.sleep(_POLL_SECONDS)
         except (PeerLostError, TransportTimeoutError) as reason:
             return reason
         return None
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """Return what TensorFlow raises where a peer is gone."""
+    import tensorflow as tf
+
+    return (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)

@@ -23,30 +23,32 @@ class _ReducingMixin:
     the variables: once an update, not once a step.
     """
 
-    _sparktf_reduce: Callable[[Sequence[Any], Any], list[Any]]
+    _sparktf_reduce: Callable[[Sequence[Any], Any, Sequence[Any]], list[Any]]
     _sparktf_share: Callable[[], Any]
+    _sparktf_applied: Sequence[Any]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         share = self._sparktf_share()
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables  # type: ignore[attr-defined]
         if accumulates(self):
+            object.__setattr__(self, "_sparktf_applied", variables)
             grads = [None if gradient is None else weigh(gradient, share) for gradient in grads]
         else:
-            grads = self._sparktf_reduced(grads, share)
+            grads = list(grads)
+            present = [i for i, gradient in enumerate(grads) if gradient is not None]
+            given = [grads[i] for i in present]
+            reduced = self._sparktf_reduce(given, share, [variables[i] for i in present]) if present else []
+            for i, gradient in zip(present, reduced, strict=True):
+                grads[i] = gradient
         return super().apply(grads, trainable_variables)  # type: ignore[misc]
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
-        # What Keras calls first with the sum of what was accumulated.
+        # What Keras calls first with the sum of what was accumulated, of all variables that have gradients.
         if accumulates(self):
-            grads = self._sparktf_reduced(grads, 1.0)
+            grads = self._sparktf_reduce(grads, 1.0, self._sparktf_applied)
         return super()._clip_gradients(grads)  # type: ignore[misc]
-
-    def _sparktf_reduced(self, grads: Sequence[Any], share: Any) -> list[Any]:
-        grads = list(grads)
-        present = [i for i, gradient in enumerate(grads) if gradient is not None]
-        if present:
-            for i, gradient in zip(present, self._sparktf_reduce([grads[i] for i in present], share), strict=True):
-                grads[i] = gradient
-        return grads
 
 
 def accumulates(optimizer: Any) -> bool:
@@ -115,7 +117,7 @@ def distribute_optimizer(optimizer: Any, reducer: GradientReducer, share: Callab
     """
     key = reducer.new_key()
     derive(optimizer, _ReducingMixin)
-    object.__setattr__(optimizer, "_sparktf_reduce", lambda grads, weight: reducer.reduce(key, grads, weight))
+    object.__setattr__(optimizer, "_sparktf_reduce", lambda *given: reducer.reduce(key, *given))
     object.__setattr__(optimizer, "_sparktf_share", share)
 
 
@@ -124,3 +126,4 @@ def restore_optimizer(optimizer: Any) -> None:
     restore(optimizer)
     object.__delattr__(optimizer, "_sparktf_reduce")
     object.__delattr__(optimizer, "_sparktf_share")
+    vars(optimizer).pop("_sparktf_applied", None)

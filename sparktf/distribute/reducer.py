@@ -52,7 +52,9 @@ class GradientReducer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # What it is in the middle of ends within the communicator's timeout.
+        if error is not None and any(exchange.pending for exchange in self._exchanges.values()):
+            # The thread waits for peers that wait for what will not come.
+            self._communicator.abort(f"{type(error).__name__}: {error}")
         self._thread.shutdown(cancel_futures=True)
 
     def explain(self, error: BaseException) -> BaseException | None:
@@ -91,7 +93,7 @@ class GradientReducer:
         self._keys += 1
         return self._keys
 
-    def reduce(self, key: int, gradients: Sequence[Any], share: Any) -> list[Any]:
+    def reduce(self, key: int, gradients: Sequence[Any], share: Any, variables: Sequence[Any] = ()) -> list[Any]:
         """Replace gradients by their weighted sum over the ranks; for use inside a traced step.
 
         Parameters
@@ -105,6 +107,9 @@ class GradientReducer:
         share : scalar float32 tensor
             This rank's rows by the rows of all ranks in this step. Where it is 0 the gradients are not looked at
             (0 * NaN would be NaN).
+        variables : sequence of keras.Variable
+            Whose gradients they are. A step may apply an optimizer to several sets of variables, each of which has
+            buffers of its own: nothing orders the reading of one set's sums before the packing of another's.
 
         Returns
         -------
@@ -122,10 +127,13 @@ class GradientReducer:
         sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
         tensors = [tf.convert_to_tensor(gradients[i]) for i in dense]
         slices = [tf.convert_to_tensor(part) for i in sparse for part in (gradients[i].values, gradients[i].indices)]
+        if len(variables) == len(gradients):
+            # A gradient's own shape may not be known before it is computed.
+            tensors = [tf.ensure_shape(t, variables[i].shape) for t, i in zip(tensors, dense, strict=True)]
         kinds = [(np.dtype(t.dtype.as_numpy_dtype), tuple(t.shape)) for t in tensors]
-        exchange = self.exchange(key, kinds, len(sparse))
+        exchange = self.exchange(key, kinds, len(sparse), tuple(map(id, variables)))
         reduced = self._trace(exchange, tensors, slices, share)
-        for tensor, part in zip(reduced[: len(dense)], tensors, strict=False):
+        for tensor, part in zip(reduced[: len(dense)], tensors, strict=True):
             tensor.set_shape(part.shape)
         for tensor, part in zip(reduced[len(dense) :], slices, strict=True):
             tensor.set_shape((None, *part.shape[1:]))
@@ -137,9 +145,11 @@ class GradientReducer:
             results[i] = tf.IndexedSlices(values, indices, gradients[i].dense_shape)
         return results
 
-    def exchange(self, key: int, kinds: Sequence[Kind], sparse: int = 0) -> GradientExchange:
-        """Return the exchange of these gradients of an optimizer, which may apply several sets of them in a step."""
-        which = (key, tuple((dtype.name, shape) for dtype, shape in kinds), sparse)
+    def exchange(
+        self, key: int, kinds: Sequence[Kind], sparse: int = 0, variables: tuple[int, ...] = ()
+    ) -> GradientExchange:
+        """Return the exchange of one optimizer's gradients of a set of variables, told apart by their ids."""
+        which = (key, tuple((dtype.name, shape) for dtype, shape in kinds), sparse, variables)
         if which not in self._exchanges:
             self._exchanges[which] = GradientExchange(self._communicator, kinds, self._thread, self._compression)
         return self._exchanges[which]

@@ -114,7 +114,8 @@ def sum_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> No
 
 def _accumulators(optimizers: Iterable[Any]) -> list[Any]:
     accumulating = [o for o in optimizers if getattr(o, "gradient_accumulation_steps", None)]
-    return [v for optimizer in accumulating for v in optimizer._accumulated_gradients if v is not None]
+    # One that is not built yet has none.
+    return [v for o in accumulating for v in getattr(o, "_accumulated_gradients", ()) if v is not None]
 
 
 def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> None:

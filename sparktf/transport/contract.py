@@ -164,6 +164,10 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise what has ended this communicator, if something has; return at once, without meeting anybody."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leave in good order: what was sent still arrives. May be called twice, and after a failure."""
 

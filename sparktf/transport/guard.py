@@ -68,6 +68,12 @@ class GuardedCommunicator(Communicator):
     def _free(self) -> None:
         """Release threads, connections and buffers; called once, by a thread that is in no operation."""
 
+    def check(self) -> None:
+        """Raise what has ended this communicator; see `Communicator`."""
+        failure = self._failure
+        if failure is not None:
+            raise failure.error("check")
+
     def close(self) -> None:
         """Say goodbye and release everything; see `Communicator`."""
         with self._lock:

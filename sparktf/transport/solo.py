@@ -85,6 +85,11 @@ class SoloCommunicator(Communicator):
             self.stats.registrations += 1
             return np.zeros(shape, dtype)
 
+    def check(self) -> None:
+        """Raise where the communicator has ended."""
+        if self._ended:
+            raise TransportError(f"check: the communicator {self._ended}. Connect again.")
+
     def close(self) -> None:
         """Refuse later operations."""
         self._ended = self._ended or "is closed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,27 +140,27 @@ def test_an_error_in_the_sending_thread_ends_the_step_with_its_own_words() -> No
     assert "on purpose" in str(failure)
 
 
-def _operations(accumulate: int | None) -> list[int]:
+def _reductions(accumulate: int | None) -> int:
     def make() -> keras.Model:
         return _deep(keras.optimizers.SGD(0.01, gradient_accumulation_steps=accumulate))
 
-    counts: list[int] = []
-    all_reduce = GradientExchange.begin
+    begun: list[int] = []
+    begin = GradientExchange.begin
 
     def counted(self: GradientExchange) -> None:
-        counts.append(1)
-        all_reduce(self)
+        begun.append(1)
+        begin(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientExchange, "begin", counted)
         groups.assert_as_one_process(make, groups.Task(_data(48), (24, 24), epochs=2))
-    return counts
+    return len(begun)
 
 
 def test_gradients_that_are_accumulated_are_reduced_once_an_update() -> None:
     # 12 steps on 2 ranks, and 3 updates of 4 steps.
-    assert len(_operations(None)) == 24
-    assert len(_operations(4)) == 6
+    assert _reductions(None) == 24
+    assert _reductions(4) == 6
 
 
 def test_what_was_accumulated_when_a_fit_ended_is_neither_lost_nor_counted_twice(tmp_path: Path) -> None:
@@ -221,3 +222,100 @@ def test_gradients_travel_as_bfloat16_where_asked_for() -> None:
     np.testing.assert_allclose(first, whole, rtol=2**-7)
     # Half of each rank's 800,000 bytes twice around, and half as wide.
     assert sent < 420_000
+
+
+class Towers(keras.Model):
+    """Several equal layers, each updated by an application of its own of the one optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = [keras.layers.Dense(2, use_bias=False) for _ in range(5)]
+
+    def call(self, x: Any) -> Any:
+        return sum(tower(x) for tower in self.towers)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            losses = [self.compute_loss(x, y * (i + 1.0), tower(x)) for i, tower in enumerate(self.towers)]
+        for loss, tower in zip(losses, self.towers, strict=True):
+            self.optimizer.apply(tape.gradient(loss, tower.trainable_variables), tower.trainable_variables)
+        return {"loss": sum(losses)}
+
+
+def test_sets_of_variables_of_equal_shapes_are_not_confused_within_a_step() -> None:
+    def make() -> keras.Model:
+        model = Towers()
+        model(np.zeros((1, 6), "float32"))
+        optimizer = keras.optimizers.SGD(0.05)
+        optimizer.build(model.trainable_variables)
+        model.compile(optimizer, "mse")
+        return model
+
+    groups.assert_as_one_process(make, groups.Task(_data(24), (13, 11), epochs=2))
+
+
+def test_two_optimizers_of_several_buckets_take_turns_in_one_order() -> None:
+    def main(communicator: Communicator) -> list[list[float]]:
+        with GradientReducer(communicator) as reducer:
+
+            def both(x: tf.Tensor) -> list[tf.Tensor]:
+                first = reducer.reduce(1, [tf.fill([300 + i], x) for i in range(4)], tf.constant(0.5))
+                second = reducer.reduce(2, [tf.fill([400 + i], 2 * x) for i in range(4)], tf.constant(0.5))
+                return [*first, *second]
+
+            step = tf.function(both)
+            results = [step(tf.constant(float(step_number))) for step_number in range(5)]
+            return [[float(part[-1]) for part in result] for result in results[-2:]]
+
+    assert run_threads("tcp", 2, main) == [[[3.0] * 4 + [6.0] * 4, [4.0] * 4 + [8.0] * 4]] * 2
+
+
+class Late(Towers):
+    """Its own step keeps its optimizer from being built before the first one."""
+
+    def train_step(self, data: Any) -> Any:
+        return keras.Model.train_step(self, data)
+
+
+def test_an_accumulating_optimizer_that_is_built_in_the_first_step_trains_too() -> None:
+    def make() -> keras.Model:
+        model = Late()
+        model(np.zeros((1, 6), "float32"))
+        model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=2), "mse")
+        return model
+
+    groups.assert_ranks_agree(groups.by_ranks(make, groups.Task(_data(16), (8, 8), epochs=2)))
+
+
+def test_a_users_error_between_two_buckets_ends_all_ranks_at_once() -> None:
+    def slow(gradient: np.ndarray) -> np.ndarray:
+        time.sleep(8.0)
+        return gradient
+
+    def broken(gradient: np.ndarray) -> np.ndarray:
+        time.sleep(0.3)
+        raise ValueError("on purpose")
+
+    def main(communicator: Communicator) -> float:
+        def step(reducer: GradientReducer) -> list[tf.Tensor]:
+            # The bucket that leaves first, of the last gradient, waits for the slow rank.
+            first, last = tf.ones(1000), tf.ones(1001)
+            if communicator.rank == 0:
+                last = tf.numpy_function(slow, [last], tf.float32)
+            else:
+                first = tf.numpy_function(broken, [first], tf.float32)
+            gradients = [tf.ensure_shape(first, [1000]), tf.ensure_shape(last, [1001])]
+            return reducer.reduce(1, gradients, tf.constant(0.5))
+
+        began = time.monotonic()
+        with GradientReducer(communicator) as reducer:
+            try:
+                tf.function(lambda: step(reducer))()
+            finally:
+                ended.append((communicator.rank, time.monotonic() - began))
+
+    ended: list[tuple[int, float]] = []
+    outcomes = run_threads("tcp", 2, main)
+    assert all(isinstance(outcome, Exception) for outcome in outcomes)
+    assert dict(ended)[1] < 4.0
