@@ -70,19 +70,16 @@ def step_of(model: keras.Model, x: np.ndarray, y: np.ndarray) -> Callable[[], No
     return run
 
 
-def steps(
-    model: keras.Model, data: tuple[np.ndarray, np.ndarray], communicator: Communicator | None
+def traced(
+    model: keras.Model, data: tuple[np.ndarray, np.ndarray], reducer: GradientReducer | None
 ) -> Callable[[], None]:
-    """Return a step that reduces as `buckets` says at this moment; without a communicator, one that does not."""
-    if communicator is None:
-        step = step_of(model, *data)
-        step()
-        return step
-    reducer = GradientReducer(communicator)
-    distribute_optimizer(model.optimizer, reducer, lambda: 0.5)
+    """Return a step that reduces as `buckets` says at this moment; without a reducer, one that does not."""
+    if reducer is not None:
+        distribute_optimizer(model.optimizer, reducer, lambda: 0.5)
     step = step_of(model, *data)
     step()
-    restore_optimizer(model.optimizer)
+    if reducer is not None:
+        restore_optimizer(model.optimizer)
     return step
 
 
@@ -107,13 +104,17 @@ def rank_main(rank: int, directory: str, args: argparse.Namespace) -> None:
     rng = np.random.default_rng(rank)
     data = rng.random((BATCH, 32, 32, 3), dtype=np.float32), rng.integers(0, 10, BATCH)
     exchange = FileExchange(Path(directory), rank, WORLD)
-    with connect(
-        args.protocol, rank=rank, size=WORLD, exchange=exchange, secret=b"benchmark", host=args.host
-    ) as communicator:
-        alone = steps(model, data, None)
-        bucketed = steps(model, data, communicator)
+    with (
+        connect(
+            args.protocol, rank=rank, size=WORLD, exchange=exchange, secret=b"benchmark", host=args.host
+        ) as communicator,
+        GradientReducer(communicator) as in_buckets,
+        GradientReducer(communicator) as at_the_end,
+    ):
+        alone = traced(model, data, None)
+        bucketed = traced(model, data, in_buckets)
         buckets.FIRST_BYTES = buckets.BUCKET_BYTES = 1 << 40
-        whole = steps(model, data, communicator)
+        whole = traced(model, data, at_the_end)
         rounds = [
             {
                 name: seconds(step, communicator)
@@ -151,7 +152,8 @@ def main() -> None:
         for rank, (prefix, host) in enumerate(zip(*ends, strict=True)):
             own = ["--directory", directory, "--host", host, "--rank", str(rank)]
             command = [*prefix, sys.executable, __file__, *sys.argv[1:], *own]
-            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            ranks.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+            stack.callback(ranks[-1].kill)
         output = [process.communicate(timeout=500)[0] for process in ranks]
     told = json.loads(output[0].splitlines()[-1])
     ratio = statistics.median(r["bucketed"] / r["whole"] for r in told["rounds"])
