@@ -25,20 +25,10 @@ class Break(keras.callbacks.Callback):
         self.how = how
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if epoch == 0 or _rank() != self.rank:
+        # The node may be a child process, without Spark's context; a lone worker's model knows of no group.
+        group = getattr(self.model, "_sparktf", None)
+        if epoch == 0 or (group.communicator.rank if group is not None else 0) != self.rank:
             return
         if self.how == "raise":
             raise RuntimeError(f"kaboom at {time.time()}")
         os.kill(os.getpid(), getattr(signal, self.how))
-
-
-def _rank() -> int | None:
-    import tensorflow as tf
-    from pyspark import TaskContext
-
-    task = TaskContext.get()
-    if task is not None:
-        return task.partitionId()
-    # A child process in a TensorFlow cluster: its devices bear its number.
-    rank: int | None = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name).task
-    return rank
