@@ -45,7 +45,7 @@ def connect(
             communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
         else:
             communicator = tcp.TcpCommunicator(rank, size, mesh, timeout)
-        communicator.reason = f"{_describe(hosts)}; no RDMA: {_first_sentence(troubles[0])}"
+        communicator.reason = f"{_describe(hosts)}, no RDMA ({_first_sentence(troubles[0])})"
         return communicator
 
 

@@ -51,7 +51,7 @@ def load_verbs() -> SimpleNamespace:
             # Renamed in rdma-core 56.
             from pyverbs import libibverbs_enums as enums
     except ModuleNotFoundError as exc:
-        raise ProtocolError(f"protocol 'rdma' needs pyverbs, which is not installed ({exc}). {_INSTALL}") from exc
+        raise ProtocolError(f"pyverbs is not installed. Protocol 'rdma' needs it: {exc}. {_INSTALL}") from exc
     except ImportError as exc:
         raise ProtocolError(
             f"protocol 'rdma' needs pyverbs, which is installed but does not fit this Python or libibverbs ({exc}). "
