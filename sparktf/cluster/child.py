@@ -102,7 +102,8 @@ def train_in_child(
             with contextlib.suppress(PeerLostError):
                 send_frame(ours, _JOB, cloudpickle.dumps(told), _SEND_SECONDS)  # type: ignore[no-untyped-call]
                 for piece in itertools.chain(job.archive.pieces(), [b""]) if job.archive is not None else ():
-                    send_frame(ours, _PIECE, piece, _SEND_SECONDS)
+                    # The child imports TensorFlow before it reads them.
+                    send_frame(ours, _PIECE, piece, _START_SECONDS)
             outcome = _serve(ours, communicator, report, job.timeout + _START_SECONDS)
         finally:
             # Wakes a child that still waits for an answer.
@@ -222,6 +223,9 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
     def report(progress: dict[str, Any]) -> None:
         send_frame(sock, _PROGRESS, json.dumps(progress).encode(), _SEND_SECONDS)
 
+    if told["report"]:
+        # TensorFlow's import takes its time, and the driver counts it as silence.
+        report({})
     with (
         Spool.from_fds(told["spool"], told["fds"]) as spool,
         registered(program.custom_objects),
@@ -258,7 +262,7 @@ def _train(sock: socket.socket, told: dict[str, Any]) -> dict[str, Any]:
 
 def _pieces(sock: socket.socket) -> Iterator[bytes]:
     """Yield the archive as the parent sends it, up to an empty frame."""
-    while piece := recv_frame(sock, _SEND_SECONDS, _FRAME_LIMIT)[1]:
+    while piece := recv_frame(sock, _START_SECONDS, _FRAME_LIMIT)[1]:
         yield bytes(piece)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sparktf.errors import ClusterError, ParamError, SlotsError, SparktfError, own_error
+from sparktf.errors import ClusterError, NodeError, ParamError, SlotsError, SparktfError, own_error
 
 # Of gRPC, as Spark sets it on both sides (spark.connect.grpc.maxInboundMessageSize), less a margin for the query plan.
 MESSAGE_BYTES = 127 << 20
@@ -84,7 +84,8 @@ def remote_error(text: str) -> SparktfError | None:
         return None
     kind, message = found[-1]
     known = own_error(kind)
-    return known(message.strip()) if known is not None else None
+    # Of a NodeError, the traceback behind its first lines counts: Spark's whole text has it.
+    return None if known is None or known is NodeError else known(message.strip())
 
 
 def result_limit(spark: Any) -> int | None:

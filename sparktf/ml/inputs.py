@@ -18,19 +18,12 @@ if TYPE_CHECKING:
 
     from sparktf.ml.model_params import _TFModelParams
 
-# Spark's type for the elements of a packed array, by the model's dtype; float for all others.
+# Spark's type for the elements of a packed array, by the model's dtype. Integers are packed as wide as they come, for
+# a cast in the JVM would cut off silently what the node refuses by name.
 _PACKED_TYPES = {
     "float64": "double",
     "string": "string",
-    "bool": "boolean",
-    "int8": "tinyint",
-    "uint8": "smallint",
-    "int16": "smallint",
-    "uint16": "int",
-    "int32": "int",
-    "uint32": "bigint",
-    "int64": "bigint",
-    "uint64": "bigint",
+    **dict.fromkeys(("float16", "bfloat16", "float32"), "float"),
 }
 
 # Vectors of this many values may leave the JVM as they are, so that sparse ones stay sparse; narrower ones leave as
@@ -100,12 +93,13 @@ class FeedColumn:
             raise DataError(
                 f"Expected columns of one kind to pack into one input, received text beside numbers: {self.source}."
             )
+        integral = all(c.integral for c in self.columns)
         if self.tensor is not None:
-            return _PACKED_TYPES.get(self.tensor.dtype, "float")
+            return _PACKED_TYPES.get(self.tensor.dtype, "bigint" if integral else "double")
         if kinds == {TEXT}:
             return "string"
         # float holds integers up to 2**24 exactly; ids beyond that come as columns of integers alone.
-        return "bigint" if all(c.integral for c in self.columns) else "float"
+        return "bigint" if integral else "float"
 
     def _width(self) -> int:
         """Return the values in a row as far as schema or model tell; 0 where neither does."""

@@ -6,7 +6,6 @@ them piece by piece, so that no process has to hold an archive in memory.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -67,8 +66,9 @@ class Broadcasts:
         """Yield the archive's bytes, on a worker."""
         for variable in self.variables:
             yield variable.value
-            # What was read would stay with the variable while the task runs: in all, a second model.
-            with contextlib.suppress(AttributeError):
+            # What was read would stay with the variable while the task runs: in all, a second model. Where Spark
+            # encrypts its files there is none to read it from again.
+            if getattr(variable, "_path", None):
                 del variable._value
 
     def close(self) -> None:

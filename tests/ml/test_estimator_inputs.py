@@ -300,3 +300,15 @@ def test_nulls_and_nan_are_counted_over_all_workers_and_columns(frame: DataFrame
 def test_a_dataframe_without_rows_is_an_error(frame: DataFrame) -> None:
     with pytest.raises(DataError, match="Expected rows to train on"):
         estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=1).fit(frame.where("id < 0"))
+
+
+def test_fractions_packed_for_a_model_of_integers_are_refused_and_not_cut_off(spark: Any) -> None:
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((2,), dtype="int32"), keras.layers.Embedding(9, 2), keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    rows = spark.createDataFrame([(1.0, 2.0, 0.0), (3.0, 4.5, 1.0)], "a double, b double, label double")
+    estimator = TFEstimator(model=model, inputCols=["a", "b"], verbose=0)
+    with pytest.raises(DataError):
+        estimator.fit(rows)
+    assert estimator.fit(rows.where("b = 2")).transform(rows.where("b = 2")).count() == 1
