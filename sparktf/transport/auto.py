@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from sparktf.errors import ProtocolError
 from sparktf.transport import rdma, tcp
 from sparktf.transport.contract import Communicator
 from sparktf.transport.hosts import Hosts
@@ -25,7 +26,8 @@ def connect(
 ) -> Communicator:
     """Join a group of at least two by the best way that all ranks have; arguments as in `sparktf.transport.connect`.
 
-    RDMA where every rank has a device, else shared memory among the ranks of a machine and sockets between machines.
+    Shared memory among the ranks of a machine; between machines RDMA where every rank has a device that reaches all
+    others, else sockets.
     """
     if settings.tls:
         communicator: Communicator = tcp.connect(
@@ -36,16 +38,30 @@ def connect(
     with connect_mesh(rank, size, exchange, secret, timeout, host, protocol="auto", back=True) as mesh:
         told = share(mesh, rank, {"rdma": rdma.preflight(settings)}, time.monotonic() + timeout)
         troubles = [f"rank {peer}: {facts.get('rdma')}" for peer, facts in enumerate(told) if facts.get("rdma")]
-        if not troubles:
-            communicator = rdma.join(rank, size, mesh, timeout, settings)
-            communicator.reason = "every rank has an RDMA device with an active port"
-            return communicator
         hosts = survey_hosts(mesh, rank, settings, timeout)
-        if max(map(len, hosts.groups)) > 1:
+        shares = max(map(len, hosts.groups)) > 1
+        if not troubles and len(hosts.groups) > 1:
+            try:
+                if shares:
+                    communicator = ShmCommunicator(rank, size, mesh, timeout, hosts, settings)
+                else:
+                    communicator = rdma.RdmaCommunicator(rank, size, mesh, timeout, settings)
+            except ProtocolError as exc:
+                # Raised on all ranks alike: too little memory may be locked, say, or ports are of different networks.
+                troubles = [str(exc)]
+            else:
+                within = f"{_describe(hosts)}; " if shares else ""
+                communicator.reason = (
+                    f"{within}every rank has an RDMA device with an active port that reaches all others"
+                )
+                return communicator
+        if shares:
             communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
         else:
             communicator = tcp.TcpCommunicator(rank, size, mesh, timeout)
-        communicator.reason = f"{_describe(hosts)}, no RDMA ({_first_sentence(troubles[0])})"
+        why = f", no RDMA ({_first_sentence(troubles[0])})" if troubles else ", which is nearer than RDMA"
+        between = ", sockets between them" if 1 < len(hosts.groups) < size else ""
+        communicator.reason = f"{_describe(hosts)}{between}{why}"
         return communicator
 
 
@@ -59,5 +75,5 @@ def _describe(hosts: Hosts) -> str:
     if count == 1:
         return f"all {ranks} ranks share the memory of one machine"
     if count < ranks:
-        return f"{ranks} ranks in {count} groups that share memory, sockets between them"
+        return f"{ranks} ranks in {count} groups that share memory"
     return f"no two of {ranks} ranks share memory" + (f" ({hosts.trouble})" if hosts.trouble else "")

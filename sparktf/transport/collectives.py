@@ -7,7 +7,7 @@ that call different operations learn so instead of waiting for each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from sparktf.transport.reduction import (
     check_array,
     check_compression,
     check_dtype,
+    check_gathered,
     check_op,
     check_rows,
     chunk_bounds,
@@ -72,14 +73,19 @@ class CollectiveCommunicator(GuardedCommunicator):
         # Allocated here rather than in the first operation, which should not be slower than the others.
         self._slots = self._buffer("slots", 2 * _DIRECT_BYTES)
 
-    def _begin(self, links: Mapping[int, Link], controls: Mapping[int, ControlSocket]) -> None:
-        """Take links and control connections by peer; both belong to the communicator from now on."""
+    def _begin(
+        self, links: Mapping[int, Link], controls: Mapping[int, ControlSocket], gone: Iterable[int] = ()
+    ) -> None:
+        """Take links and control connections by peer; both belong to the communicator from now on.
+
+        `gone` are the peers that have said goodbye while others still connected.
+        """
         self._links = dict(sorted(links.items()))
         self._sent_to = dict.fromkeys(self._links, 0)
         self._received_from = dict.fromkeys(self._links, 0)
         left, right = self._links[(self.rank - 1) % self.size], self._links[(self.rank + 1) % self.size]
         self._ring = ring.Ring(left, right, self.rank, self.size, self.chunk_bytes, self.stats)
-        self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current)
+        self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current, self._on_tick, gone)
         self._watch.start()
 
     def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
@@ -88,6 +94,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         check_op(op, array.dtype)
         check_compression(compression, op, array.dtype)
         with self._operation("all_reduce"):
+            self._allow(2 * array.nbytes)
             flat = np.ascontiguousarray(array).reshape(-1)
             self._reduce("all_reduce", flat, op, compression)
             return _put_back(flat, array)
@@ -97,6 +104,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         check_array(array, written=False)
         check_op(op, array.dtype)
         with self._operation("reduce_scatter"):
+            self._allow(2 * array.nbytes)
             work = self._buffer("work", array.nbytes)[: array.nbytes].view(array.dtype)
             np.copyto(work.reshape(array.shape), array)
             self._reduce("reduce_scatter", work, op)
@@ -106,6 +114,7 @@ class CollectiveCommunicator(GuardedCommunicator):
     def all_gather(self, array: Array, out: Callable[[int], Array] | None = None) -> list[Array]:
         """Collect the arrays of all ranks; see `Communicator`."""
         check_array(array, written=False)
+        check_gathered(array, out)
         with self._operation("all_gather"):
             array = np.ascontiguousarray(array).reshape(array.shape)
             if out is None:
@@ -123,13 +132,12 @@ class CollectiveCommunicator(GuardedCommunicator):
         if not 0 <= root < self.size:
             raise ParamError(f"Expected root in 0..{self.size - 1}. Received: {root}.")
         with self._operation("broadcast"):
+            self._allow(array.nbytes)
             flat = np.ascontiguousarray(array).reshape(-1)
             header = pack_header("broadcast", flat, self._next(), root)
-            left, right = self._ring.left, self._ring.right
-            if self.rank != root:
-                self._expect(left, header)
-            if right.peer != root:
-                right.send(header, _NOTHING)
+            # All the way round, also to the root: two ranks that each take themselves for it would never know.
+            self._ring.right.send(header, _NOTHING)
+            self._expect(self._ring.left, header)
             ring.broadcast(self._ring, flat, root)
             return _put_back(flat, array)
 
@@ -143,6 +151,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         check_array(array, written=False)
         link = self._link(peer)
         with self._operation(f"send to rank {peer}"):
+            self._allow(array.nbytes)
             flat = np.ascontiguousarray(array).reshape(-1)
             self._sent_to[peer] += 1
             link.send(pack_header("send", flat, self._sent_to[peer]), as_bytes(flat))
@@ -153,6 +162,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         check_array(array, written=True)
         link = self._link(peer)
         with self._operation(f"recv from rank {peer}"):
+            self._allow(array.nbytes)
             flat = np.ascontiguousarray(array).reshape(-1)
             self._received_from[peer] += 1
             self._expect(link, pack_header("send", flat, self._received_from[peer]))
@@ -209,7 +219,9 @@ class CollectiveCommunicator(GuardedCommunicator):
             ring.all_reduce(circle, flat, op, self.size)
         else:
             half = self._buffer("half", flat.size * BFLOAT16.itemsize)[: flat.size * BFLOAT16.itemsize]
-            compressed.all_reduce(circle, flat, op, self.size, half.view(BFLOAT16))
+            chunk = circle.chunk_bytes // BFLOAT16.itemsize * flat.itemsize
+            whole = self._buffer("whole", min(flat.nbytes, chunk))[: min(flat.nbytes, chunk)]
+            compressed.all_reduce(circle, flat, op, self.size, half.view(BFLOAT16), whole.view(flat.dtype))
 
     def _reduce_directly(self, header: bytes, flat: Array, op: str) -> None:
         """Send the whole to everybody; everybody reduces in the order of ranks, so bits are equal."""
@@ -257,6 +269,7 @@ class CollectiveCommunicator(GuardedCommunicator):
                     places[origin] if places else np.empty((rows, *shape[1:]) if array.ndim else (), array.dtype)
                 )
                 block = result[origin].reshape(-1).view(np.uint8)
+            self._allow(block.nbytes)
             if not last:
                 self._ring.post(_NOTHING, header)
             for start, stop in chunk_bounds(0, block.nbytes, self.chunk_bytes):
@@ -272,6 +285,7 @@ class CollectiveCommunicator(GuardedCommunicator):
         return self._collectives
 
     def _take_header(self) -> bytes:
+        self._ring.see_off()
         self._ring.left.fill(memoryview(self._inbox))
         return bytes(self._inbox)
 

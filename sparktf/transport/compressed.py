@@ -14,7 +14,7 @@ from sparktf.transport.reduction import as_bytes, chunk_bounds, finish, shard_bo
 from sparktf.transport.ring import Ring
 
 
-def all_reduce(ring: Ring, flat: Array, op: str, members: int, half: Array) -> None:
+def all_reduce(ring: Ring, flat: Array, op: str, members: int, half: Array, whole: Array) -> None:
     """Add up `flat` over the ring, in place.
 
     Parameters
@@ -28,13 +28,17 @@ def all_reduce(ring: Ring, flat: Array, op: str, members: int, half: Array) -> N
         How many ranks the values come from, for a mean.
     half : ndarray of bfloat16
         Of the same length: what is sent and received; its contents do not matter.
+    whole : ndarray of float32
+        As long as a chunk at least, or as `flat`: what has come, widened; its contents do not matter.
     """
     for part, small in _chunks(ring, flat, half, ring.rank - 1):
         small[:] = part
         ring.post(as_bytes(small))
     for step in range(ring.size - 1):
         for part, small in _chunks(ring, flat, half, ring.rank - step - 2):
-            part += ring.take(small).astype(np.float32)
+            widened = whole[: part.size]
+            np.copyto(widened, ring.take(small))
+            part += widened
             if step == ring.size - 2:
                 finish(op, part, members)
             small[:] = part

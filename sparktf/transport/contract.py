@@ -66,9 +66,16 @@ class Communicator(ABC):
         Why it is this protocol, in words that continue "protocol 'tcp': ".
     stats : Stats
         Counters of this rank.
+    timeout : float
+        Seconds without progress after which an operation fails, as `connect` was told.
+    another : callable
+        `sparktf.transport.connect` with the protocol, secret, timeout, address and settings of this communicator: it
+        takes ``rank``, ``size`` and ``exchange``, for a further group of the same processes or of some of them.
     """
 
     protocol: str
+    timeout: float
+    another: Callable[..., Communicator]
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank

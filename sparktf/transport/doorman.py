@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sparktf._version import __version__
-from sparktf.errors import HandshakeError, TransportTimeoutError
+from sparktf.errors import HandshakeError, PeerLostError, TransportTimeoutError
 from sparktf.transport.handshake import Identity, accept
 from sparktf.transport.tls import Credentials
 
@@ -20,8 +20,8 @@ from sparktf.transport.tls import Credentials
 DATA, BACK, CONTROL = CHANNELS = ("data", "back", "control")
 # A peer answers in milliseconds; a stranger that says nothing is dropped after this many seconds.
 _STRANGER_SECONDS = 10.0
-# Strangers may not make us start threads without end; with more than these at once, newcomers are dropped and
-# genuine peers come through once the silent ones have timed out.
+# Strangers may not make us start threads without end; with this many at once, newcomers wait in the listener's queue,
+# and genuine peers come through once the silent ones have timed out.
 _MOST_HANDSHAKES = 256
 # Long enough not to spin where files have run out, short enough not to be noticed.
 _RETRY_SECONDS = 0.05
@@ -79,9 +79,11 @@ class Doorman:
         self._listener = listener
         self._group = group
         self._arrived: queue.SimpleQueue[Arrival | HandshakeError] = queue.SimpleQueue()
-        self._busy: dict[socket.socket, None] = {}
+        # What to shut down in order to wake the thread that shakes hands over a socket.
+        self._busy: dict[socket.socket, socket.socket] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._room = threading.Semaphore(_MOST_HANDSHAKES)
         self._closed = False
         self._refused = ""
         self._thread = threading.Thread(target=self._accept, name="sparktf-doorman", daemon=True)
@@ -96,9 +98,10 @@ class Doorman:
         with self._lock:
             self._closed = True
             # Shutting down, unlike closing, wakes the threads that wait in these sockets.
-            for sock in (self._listener, *self._busy):
+            for sock in (self._listener, *self._busy.values()):
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+        self._room.release()
         self._thread.join()
         for thread in self._threads:
             thread.join()
@@ -107,29 +110,46 @@ class Doorman:
             if not isinstance(item, HandshakeError):
                 item[2].close()
 
-    def next(self, missing: set[int]) -> Arrival:
-        """Return the next peer that has proven itself: channel, rank, socket.
+    def next(self, missing: set[int], seconds: float) -> Arrival | None:
+        """Return the next peer that has proven itself: channel, rank, socket; None where nobody came in time.
 
         Parameters
         ----------
         missing : set of int
             The ranks that have not come yet, for the message where nobody comes.
+        seconds : float
+            How long to wait, within the group's deadline.
+
+        Raises
+        ------
+        TransportTimeoutError
+            The group's deadline has passed.
+        HandshakeError
+            A peer has proven that it holds the secret, and belongs elsewhere.
         """
         group = self._group
+        left = group.deadline - time.monotonic()
         try:
-            item = self._arrived.get(timeout=max(0.0, group.deadline - time.monotonic()))
+            item = self._arrived.get(timeout=max(0.0, min(seconds, left)))
         except queue.Empty:
-            refused = f" Last refused: {self._refused}" if self._refused else ""
+            if left > seconds:
+                return None
             raise TransportTimeoutError(
                 f"Expected rank(s) {', '.join(map(str, sorted(missing)))} to connect to rank {group.rank} "
-                f"within the timeout.{refused}"
+                f"within the timeout.{self.refused}"
             ) from None
         if isinstance(item, HandshakeError):
             raise item
         return item
 
+    @property
+    def refused(self) -> str:
+        """The last stranger and why it was refused, as a sentence; empty where there was none."""
+        return f" Last refused: {self._refused}" if self._refused else ""
+
     def _accept(self) -> None:
         while True:
+            self._room.acquire()
             try:
                 sock, address = self._listener.accept()
             except OSError:
@@ -137,15 +157,16 @@ class Doorman:
                 # hung up, or there are too many open files for the moment.
                 if self._closed:
                     return
+                self._room.release()
                 time.sleep(_RETRY_SECONDS)
                 continue
             thread = threading.Thread(target=self._shake, args=(sock, address), name="sparktf-handshake", daemon=True)
             with self._lock:
-                if self._closed or len(self._busy) >= _MOST_HANDSHAKES:
+                if self._closed:
                     sock.close()
-                    continue
-                self._busy[sock] = None
-                self._threads.append(thread)
+                    return
+                self._busy[sock] = sock
+                self._threads = [*(other for other in self._threads if other.is_alive()), thread]
                 # Inside the lock, so that whoever joins the thread finds it started.
                 thread.start()
 
@@ -155,19 +176,37 @@ class Doorman:
             deadline = min(group.deadline, time.monotonic() + _STRANGER_SECONDS)
             theirs = accept(sock, group.secret, group.identity("any", None), deadline)
         except (HandshakeError, OSError) as exc:
-            # Anybody can connect; only whoever holds the secret may end this rank's waiting.
-            self._refused = f"{address[0]}:{address[1]}: {exc}"
+            # Anybody can connect; only whoever holds the secret may end this rank's waiting. Peers that only ask
+            # whether this rank still listens hang up, and must not hide why somebody else was refused.
+            if not self._refused or not isinstance(exc.__cause__, PeerLostError):
+                self._refused = f"{address[0]}:{address[1]}: {exc}"
             self._finish(sock, None)
             return
         try:
             peer = group.check(theirs)
             if theirs.get("channel") not in CHANNELS or theirs.get("to") != group.rank:
                 raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
-            ready = group.secure(sock, theirs, deadline, server=True)
+            ready = self._secure(sock, theirs, deadline)
         except HandshakeError as exc:
             self._finish(sock, exc)
             return
         self._finish(sock, (theirs["channel"], peer, ready))
+
+    def _secure(self, sock: socket.socket, theirs: Identity, deadline: float) -> socket.socket:
+        """Encrypt a connection where the group does so; `__exit__` can still wake this thread."""
+        if self._group.credentials is None:
+            return sock
+        try:
+            twin = sock.dup()
+        except OSError as exc:
+            raise HandshakeError(f"Expected a file descriptor to encrypt with. {exc}") from exc
+        with twin:
+            with self._lock:
+                # Encryption takes the descriptor out of the socket itself.
+                self._busy[sock] = twin
+                if self._closed:
+                    raise HandshakeError("This rank does not wait for connections any more.")
+            return self._group.secure(sock, theirs, deadline, server=True)
 
     def _finish(self, sock: socket.socket, outcome: Arrival | HandshakeError | None) -> None:
         """Let go of a socket: hand it over where it is the outcome, close it otherwise."""
@@ -180,3 +219,4 @@ class Doorman:
                 sock.close()
             elif self._closed:
                 outcome[2].close()
+        self._room.release()

@@ -16,6 +16,10 @@ from sparktf.transport.watch import Watch
 
 # How long to wait, after a data connection has ended, for the control connection to say why.
 _WORD_SECONDS = 1.0
+# An operation that never stands still may take this many timeouts, and a second more for so many bytes: an eighth of
+# what the slowest network of a cluster carries.
+LONGEST_TIMEOUTS = 10
+SLOWEST_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class _Failure:
     message: str
     peer: int | None = None
     reason: str = ""
+    slow: bool = False
 
     def error(self, operation: str) -> TransportError:
         message = f"{operation}: {self.message}"
@@ -59,6 +64,7 @@ class GuardedCommunicator(Communicator):
         self._failed = threading.Event()
         self._released = False
         self._current = "connecting"
+        self._deadline: float | None = None
 
     @abstractmethod
     def _wake(self) -> None:
@@ -67,6 +73,9 @@ class GuardedCommunicator(Communicator):
     @abstractmethod
     def _free(self) -> None:
         """Release threads, connections and buffers; called once, by a thread that is in no operation."""
+
+    def _drain(self) -> None:
+        """Wait, before a goodbye, for what would be lost with the links; for protocols of which closing does not."""
 
     def check(self) -> None:
         """Raise what has ended this communicator; see `Communicator`."""
@@ -78,6 +87,7 @@ class GuardedCommunicator(Communicator):
         """Say goodbye and release everything; see `Communicator`."""
         with self._lock:
             if not self._released and self._failure is None:
+                self._drain()
                 self._watch.tell_bye()
                 self._failure = _Failure(TransportError, "the communicator is closed. Connect again.")
             self._release()
@@ -109,13 +119,15 @@ class GuardedCommunicator(Communicator):
                 raise failure.error(current)
             self.stats.operations = number
             self._current = current
+            self._deadline = time.monotonic() + LONGEST_TIMEOUTS * self._timeout
             begin = time.perf_counter()
             try:
                 yield
             except (Gone, Silent) as exc:
                 failure = self._fail(self._explain(exc))
                 self._release()
-                raise failure.error(current) from exc
+                waited = f"{current}, waiting for rank {exc.peer}" if failure.slow else current
+                raise failure.error(waited) from exc
             except BaseException as exc:
                 # A mismatch, an interrupt from the keyboard, no memory: what is under way can't be resumed.
                 kind = type(exc) if isinstance(exc, TransportError) else TransportError
@@ -123,8 +135,24 @@ class GuardedCommunicator(Communicator):
                 self._release()
                 raise
             finally:
+                self._deadline = None
                 self.stats.seconds += time.perf_counter() - begin
                 self._current = f"its own work, after {current}"
+
+    def _allow(self, nbytes: int) -> None:
+        """Give the operation under way the time that so many bytes take on a slow network."""
+        if self._deadline is not None:
+            self._deadline += nbytes / SLOWEST_BYTES
+
+    def _on_tick(self) -> None:
+        """End an operation that moves, but takes far too long: a peer may drip bytes without end."""
+        deadline, current = self._deadline, self._current
+        if deadline is not None and time.monotonic() > deadline:
+            message = (
+                f"{current} took longer than {LONGEST_TIMEOUTS} times the timeout of {self._timeout} s, and a second "
+                f"for every {SLOWEST_BYTES} bytes: it moves, but far too slowly. Is the network what it should be?"
+            )
+            self._fail(_Failure(TransportTimeoutError, message, slow=True))
 
     def _explain(self, exc: Gone | Silent) -> _Failure:
         """Turn what a connection met into words, with the rank to blame."""

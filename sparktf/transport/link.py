@@ -38,9 +38,12 @@ class Link(ABC):
     ----------
     peer : int
         The rank at the other end.
+    sends_alone : bool
+        What was posted is sent whatever its thread does meanwhile. Else only while that waits in a link of this kind.
     """
 
     peer: int
+    sends_alone = True
 
     @abstractmethod
     def send(self, header: bytes, view: memoryview) -> None:
@@ -71,7 +74,7 @@ class Link(ABC):
         Returns
         -------
         memoryview
-            `nbytes` bytes, aligned to 64; valid until the next `fill` or `take` of this link.
+            `nbytes` bytes, aligned for any dtype; valid until the next `fill` or `take` of this link.
         """
 
     def offer(self, array: Array) -> None:  # noqa: B027

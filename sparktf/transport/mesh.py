@@ -9,45 +9,71 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import socket
+import ssl
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
-from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError
+from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError
 from sparktf.transport.doorman import BACK, CONTROL, DATA, Doorman, Group
 from sparktf.transport.handshake import initiate
+from sparktf.transport.lookout import LOOK_SECONDS, Lookout
 from sparktf.transport.tls import Credentials
+from sparktf.transport.watch import pack_abort
 
 Exchange = Callable[[bytes], list[bytes]]
 
 # The kernel doubles the number and cuts it to net.core.[rw]mem_max. Enough for 100 Gbit/s over 0.1 ms; what waits in
 # larger ones leaves the processor's caches, which cost a fifth of the rate between two processes, half among four.
 _SOCKET_BUFFER = 1024 * 1024
+# The connections of this process. A forked one must not keep them open: peers see a process end by its sockets.
+_CONNECTIONS: WeakSet[socket.socket] = WeakSet()
+
+
+def _close_in_child() -> None:
+    for sock in list(_CONNECTIONS):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @dataclass
 class Mesh:
     """The connections of one rank, by the rank of the peer; `back` is empty unless it was asked for.
 
-    A ``with`` block closes them where it raises, and leaves them to whoever took them over otherwise.
+    A ``with`` block closes them where it raises, having told the peers why, and leaves them to whoever took them over
+    otherwise. `left` holds the peers that have said goodbye already.
     """
 
+    rank: int
     data: dict[int, socket.socket] = field(default_factory=dict)
     back: dict[int, socket.socket] = field(default_factory=dict)
     control: dict[int, socket.socket] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
 
     def add(self, channel: str, peer: int, sock: socket.socket) -> None:
         """Keep a connection; a second one of the same kind from the same peer is closed."""
-        table = {DATA: self.data, BACK: self.back, CONTROL: self.control}[channel]
+        table = self._table(channel)
         if peer in table:
             sock.close()
         else:
             table[peer] = sock
+            _CONNECTIONS.add(sock)
+
+    def complete(self, channels: Iterable[str]) -> set[int]:
+        """Return the peers of whom there is a connection of every one of these kinds."""
+        return set.intersection(*(set(self._table(channel)) for channel in channels))
+
+    def _table(self, channel: str) -> dict[int, socket.socket]:
+        return {DATA: self.data, BACK: self.back, CONTROL: self.control}[channel]
 
     def count(self) -> int:
         """Return how many connections there are."""
@@ -65,7 +91,19 @@ class Mesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            self._tell(error)
             self.close()
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell the peers why this rank gives up, so that they blame the right one, and need not wait for it."""
+        blame = getattr(error, "peer", None)
+        reason = getattr(error, "reason", "") or f"rank {self.rank}: {error or type(error).__name__}"
+        frame = pack_abort(self.rank if blame is None else blame, reason)
+        for sock in self.control.values():
+            # Whoever cannot be told is gone already.
+            with suppress(OSError):
+                sock.setblocking(False)
+                sock.send(frame)
 
 
 def connect_mesh(
@@ -105,6 +143,8 @@ def connect_mesh(
     ------
     HandshakeError
         A peer holds another secret or belongs to another world.
+    PeerLostError
+        A peer has ended meanwhile, or tells that it gives up.
     TransportTimeoutError
         A rank did not come in time.
     TransportError
@@ -114,14 +154,20 @@ def connect_mesh(
         listener = stack.enter_context(_listen(host if host is not None else default_host(), size))
         book, job = _exchange_addresses(rank, size, exchange, listener, protocol)
         group = Group(rank, size, job, secret, time.monotonic() + timeout, credentials)
-        mesh = stack.enter_context(Mesh())
+        mesh = stack.enter_context(Mesh(rank))
         doorman = stack.enter_context(Doorman(listener, group))
         channels = (DATA, BACK, CONTROL) if back else (DATA, CONTROL)
         for peer in range(rank):
             for channel in channels:
                 mesh.add(channel, peer, _reach(book[peer], group, channel, peer))
+        lookout = Lookout(book, mesh.control, mesh.left)
         while mesh.count() < len(channels) * (size - 1):
-            mesh.add(*doorman.next(set(range(rank + 1, size)) - (set(mesh.data) & set(mesh.control))))
+            missing = set(range(rank + 1, size)) - mesh.complete(channels)
+            arrival = doorman.next(missing, LOOK_SECONDS)
+            if arrival is not None:
+                mesh.add(*arrival)
+            else:
+                lookout.look(missing, doorman.refused)
         return mesh
 
 
@@ -199,9 +245,14 @@ def _reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> s
         sock = _dial(address, left)
     except TimeoutError as exc:
         raise TransportTimeoutError(f"Expected {where} to answer within {left:.1f} s.") from exc
+    except ConnectionError as exc:
+        # Refused, or ended before it was accepted; it listened when it told its address.
+        raise PeerLostError(
+            f"Expected to reach {where}: {exc}. The node has ended, or a firewall is in between.", peer
+        ) from exc
     except OSError as exc:
         raise TransportError(
-            f"Expected to reach {where}: {exc}. The node has ended, or a firewall is in between."
+            f"Expected to reach {where}: {exc}. The network does not lead there, or a firewall is in between."
         ) from exc
     try:
         theirs = initiate(sock, group.secret, group.identity(channel, peer), group.deadline)
@@ -210,7 +261,11 @@ def _reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> s
         return group.secure(sock, theirs, group.deadline, server=False)
     except HandshakeError as exc:
         sock.close()
-        raise HandshakeError(f"Handshake with {where} failed. {exc}") from exc
+        message = f"Handshake with {where} failed. {exc}"
+        if isinstance(exc.__cause__, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+            # It refused nothing; it has ended.
+            raise PeerLostError(message, peer) from exc
+        raise HandshakeError(message) from exc
     except BaseException:
         sock.close()
         raise

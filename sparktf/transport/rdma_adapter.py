@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from sparktf.errors import TransportError
 from sparktf.transport.contract import Array
 from sparktf.transport.rdma_device import load_verbs, locked_memory_limit, open_device, refusals
 from sparktf.transport.settings import Settings
 
 # pyverbs 44 does not tell a channel's descriptor: it is found as the one that has come with the channel.
 _OPENING = threading.Lock()
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class Adapter:
             self.domain = self.verbs.pd.PD(self.context)
         self._registrations: list[Any] = []
         e = self.verbs.e
-        self.statuses = {getattr(e, name): name for name in dir(e) if name.startswith("IBV_WC_") and "_ERR" in name}
+        self.statuses = {
+            value: name for name, value in vars(e).items() if name.startswith("IBV_WC_") and "_ERR" in name
+        }
 
     def allocate(self, nbytes: int, *, remote: bool) -> Region:
         """Allocate zeroed, page-aligned memory and register it.
@@ -110,8 +114,11 @@ class Adapter:
             The system refuses, mostly for the limit on locked memory.
         """
         # Shared with forked children rather than copied on write: the device goes on to see the parent's pages.
-        array = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-        address = address_of(array)
+        return self.register(np.frombuffer(mmap.mmap(-1, nbytes), np.uint8), remote=remote)
+
+    def register(self, array: Array, *, remote: bool) -> Region:
+        """Register memory that is there already, as `allocate` does; it must live as long as the adapter."""
+        address, nbytes = address_of(array), array.nbytes
         e = self.verbs.e
         access = e.IBV_ACCESS_LOCAL_WRITE | (e.IBV_ACCESS_REMOTE_WRITE if remote else 0)
         with refusals(self.verbs, f"registering {nbytes} bytes with {self.name}", locked_memory_limit()):
@@ -124,7 +131,8 @@ class Adapter:
         for registration in self._registrations:
             registration.close()
         self.domain.close()
-        self.context.close()
+        with _OPENING:
+            self.context.close()
 
 
 def address_of(array: Array) -> int:
@@ -137,15 +145,33 @@ def open_channel(adapter: Adapter) -> tuple[Any, int]:
     """Return a completion channel and its descriptor, which does not block.
 
     pyverbs holds the GIL while it waits for an event, so it must never wait.
+
+    Raises
+    ------
+    TransportError
+        The descriptor could not be told from others.
     """
+    for _ in range(_TRIES):
+        with _OPENING:
+            before = _event_descriptors()
+            channel = adapter.verbs.cq.CompChannel(adapter.context)
+            descriptors = {channel.fd} if hasattr(channel, "fd") else _event_descriptors() - before
+        if len(descriptors) == 1:
+            (descriptor,) = descriptors
+            os.set_blocking(descriptor, False)
+            return channel, descriptor
+        # Another part of the program has closed one, whose number is now ours, or has opened another.
+        close_channel(channel)
+    raise TransportError(
+        f"Expected one new descriptor of a completion channel of {adapter.name}. Received: none or several, "
+        f"{_TRIES} times; does another part of the program open and close RDMA devices all the time?"
+    )
+
+
+def close_channel(channel: Any) -> None:
+    """Close a completion channel; nobody who opens one mistakes its number for a new one."""
     with _OPENING:
-        before = _event_descriptors()
-        channel = adapter.verbs.cq.CompChannel(adapter.context)
-        descriptor = getattr(channel, "fd", None)
-        if descriptor is None:
-            (descriptor,) = _event_descriptors() - before
-    os.set_blocking(descriptor, False)
-    return channel, descriptor
+        channel.close()
 
 
 def _event_descriptors() -> set[int]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import EnumType
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,21 @@ def load_verbs() -> SimpleNamespace:
         # Importing pyverbs calls logging.basicConfig, which would print every log line of the program.
         for handler in set(root.handlers) - set(before):
             root.removeHandler(handler)
-    return SimpleNamespace(addr=addr, cq=cq, device=device, mr=mr, pd=pd, qp=qp, wr=wr, e=enums, Error=PyverbsError)
+    e = constants(enums)
+    return SimpleNamespace(addr=addr, cq=cq, device=device, mr=mr, pd=pd, qp=qp, wr=wr, e=e, Error=PyverbsError)
+
+
+def constants(module: Any) -> SimpleNamespace:
+    """Return a module's ``IBV_`` constants, be they its own or members of its enumerations.
+
+    Which of the two they are depends on the Cython that pyverbs was built with: from 3.1 on, the latter.
+    """
+    found = {name: int(value) for name, value in vars(module).items() if name.startswith("IBV_")}
+    for kind in vars(module).values():
+        if isinstance(kind, EnumType):
+            members: Mapping[str, Any] = kind.__members__
+            found |= {name: int(value) for name, value in members.items()}
+    return SimpleNamespace(**found)
 
 
 @contextmanager
@@ -139,7 +154,12 @@ def open_device(verbs: SimpleNamespace, settings: Settings) -> tuple[Any, str, P
         )
     refused = []
     for name in wanted:
-        context = verbs.device.Context(name=name)
+        try:
+            # A container may see the host's devices and not be allowed to open them.
+            context = verbs.device.Context(name=name)
+        except verbs.Error as exc:
+            refused.append(f"{name} cannot be opened: {exc}")
+            continue
         try:
             return context, name, _port(verbs, context, settings)
         except (ProtocolError, verbs.Error) as exc:

@@ -83,6 +83,8 @@ class RdmaLink(Link):
         Called when half of the timeout has passed without progress.
     """
 
+    sends_alone = False
+
     def __init__(
         self,
         adapter: Adapter,
@@ -109,8 +111,8 @@ class RdmaLink(Link):
         self._waiting: deque[_Fragment] = deque()
         # Fragments sent, and those of them whose slot is free again.
         self._sent = self._freed = 0
-        # The last request out of the caller's memory.
-        self._last_direct = 0
+        # The last request out of the caller's memory, and the last that asks whether the peer can be reached.
+        self._last_direct = self._probe = 0
         # Where the array of the operation begins, here and at the peer.
         self._base, self._target = 0, _NOWHERE
         self._events = 0
@@ -121,6 +123,30 @@ class RdmaLink(Link):
         """Lead the link to the peer that the card is of."""
         self._pair.connect(card)
         self._peer_slots = (card.address, card.rkey)
+
+    def probe(self) -> None:
+        """Begin to find out whether the peer can be reached: write nothing, and have its device confirm that."""
+        self._probe = self._pair.write(self._own_slots.here, 0, self._peer_slots, None, signal=True)
+
+    def await_probe(self, deadline: float) -> None:
+        """Return once the peer's device has answered.
+
+        Parameters
+        ----------
+        deadline : float
+            Absolute time, as of ``time.monotonic()``.
+
+        Raises
+        ------
+        TransportError
+            It does not answer.
+        """
+        if not self._answered(deadline):
+            raise TransportError(
+                f"rank {self.peer} cannot be reached over RDMA from {self.card.gid}: "
+                f"{self._broken or 'its device does not answer'}. Are both ports of one network? SPARKTF_RDMA_DEVICE "
+                "and SPARKTF_RDMA_GID_INDEX choose others."
+            )
 
     def send(self, header: bytes, view: memoryview) -> None:
         """Send a header and a view; see `Link`."""
@@ -194,17 +220,23 @@ class RdmaLink(Link):
 
     def drain(self, seconds: float) -> None:
         """Wait until all that was sent is in the peer's memory, or will never be."""
-        pair = self._pair
-        if self._broken or pair.has_completed(pair.last):
+        if self._broken or self._pair.has_completed(self._pair.last):
             return
-        last = pair.write(self._own_slots.here, 0, self._peer_slots, None, signal=True)
-        deadline = time.monotonic() + seconds
-        while not self._broken and not pair.has_completed(last) and (left := deadline - time.monotonic()) > 0:
-            self._completions.turn(left)
+        self.probe()
+        self._answered(time.monotonic() + seconds)
 
     def close(self) -> None:
         """Destroy the queue pair; the slots are the adapter's to release."""
         self._pair.close()
+
+    def _answered(self, deadline: float) -> bool:
+        """Wait until the probe, and with it all that was posted before, has completed; return whether it has."""
+        while not self._pair.has_completed(self._probe) and not self._broken:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._completions.turn(left)
+        return self._pair.has_completed(self._probe)
 
     def _cut(self, kind: int, header: bytes, view: memoryview, source: Target | None, target: Target | None) -> None:
         """Queue a view in fragments of at most a slot's size."""
@@ -288,13 +320,12 @@ class RdmaLink(Link):
         seen, asked, since = -1, False, 0.0
         while not ready():
             now = time.monotonic()
-            if self._broken:
+            left = self._left_at is not None and now - self._left_at > _AFTER_GOODBYE
+            if self._broken or left:
                 # What had come before counts, as it does with a connection that ends.
                 if self._completions.turn(0.0):
                     continue
-                raise Gone(self.peer, self._broken)
-            if self._left_at is not None and now - self._left_at > _AFTER_GOODBYE:
-                raise Gone(self.peer, "it has left")
+                raise Gone(self.peer, self._broken or "it has left")
             if self._events != seen:
                 seen, since, asked = self._events, now, False
             quiet = now - since

@@ -10,6 +10,7 @@ import os
 import secrets
 import select
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sparktf.errors import HandshakeError, TransportError
-from sparktf.transport.rdma_adapter import Adapter, Region, open_channel
+from sparktf.transport.rdma_adapter import Adapter, Region, close_channel, open_channel
 from sparktf.transport.rdma_device import Port, refusals
 
 # An unanswered packet is sent again after 4.096 us * 2^18 = 1.1 s, six times: an error after 7.5 s. Losses are mostly
@@ -91,6 +92,8 @@ class Completions:
         with refusals(adapter.verbs, f"making a queue of {entries} completions"):
             self.queue = adapter.verbs.cq.CQ(adapter.context, entries, None, self._channel, 0)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Closed under whoever wakes, the eventfd's number could be another file's by then.
+        self._waking, self._closed = threading.Lock(), False
         self._descriptor = descriptor
         self._select = select.poll()
         self._select.register(descriptor, select.POLLIN)
@@ -123,15 +126,18 @@ class Completions:
         return self._give_out()
 
     def wake(self) -> None:
-        """Make `turn` come back, the next one where none waits; called by any thread."""
-        with suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        """Make `turn` come back, the next one where none waits; called by any thread, at any time."""
+        with self._waking, suppress(OSError):
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Close the queue and its channel; every queue pair must have been closed."""
         self.queue.close()
-        self._channel.close()
-        os.close(self._wake)
+        close_channel(self._channel)
+        with self._waking:
+            self._closed = True
+            os.close(self._wake)
 
     def _give_out(self) -> bool:
         count, completions = self.queue.poll(_POLL)

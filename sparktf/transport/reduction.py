@@ -68,6 +68,12 @@ def check_op(op: str, dtype: np.dtype[Any]) -> None:
         )
 
 
+def check_gathered(array: Array, out: object) -> None:
+    """Raise `ParamError` where an array has no rows, and is to be received into the rows of another."""
+    if out is not None and array.ndim == 0:
+        raise ParamError("Expected an array of at least one axis where out is given. Received: a scalar.")
+
+
 def check_rows(array: Array, rows: int, like: Array) -> Array:
     """Return an array to receive rows into; raise `ParamError` where it does not hold them."""
     shape = (rows, *like.shape[1:])

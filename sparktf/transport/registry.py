@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from importlib import import_module
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from sparktf.errors import HandshakeError, ParamError, ProtocolError
 from sparktf.transport.contract import Communicator
 from sparktf.transport.mesh import Exchange
+from sparktf.transport.ports import bare_host
 from sparktf.transport.settings import Settings
 from sparktf.transport.solo import SoloCommunicator
 
@@ -77,7 +79,7 @@ def connect(
     secret : bytes
         Known to this job's processes only; not empty. 32 random bytes are a good one.
     timeout : float
-        Seconds without progress after which an operation fails; also the time that connecting may take.
+        Seconds without progress after which an operation fails; also the time that each step of connecting may take.
     host : str or None
         The address that this rank listens on and tells the others. None: the address of the machine's name,
         or 127.0.0.1 where that has none.
@@ -114,6 +116,8 @@ def connect(
             f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "
             "Pass None for the address of this machine's name."
         )
+    # Spark puts IPv6 addresses into brackets.
+    host = None if host is None else bare_host(host)
     settings = settings or Settings.from_environment()
     if settings.tls and protocol not in ("tcp", "auto"):
         raise ProtocolError(
@@ -126,7 +130,13 @@ def connect(
         communicator: Communicator = SoloCommunicator("tcp" if protocol == "auto" else protocol)
     else:
         module, _, attribute = target.partition(":")
-        connector: Connector = getattr(import_module(module), attribute)
+        try:
+            connector: Connector = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as exc:
+            raise ProtocolError(
+                f"Expected protocol {protocol!r} to be a function that can be imported, as 'package.module:function'. "
+                f"Received: {exc}. Is the package installed on every node?"
+            ) from exc
         communicator = connector(
             rank=rank,
             size=size,
@@ -136,6 +146,10 @@ def connect(
             host=host,
             settings=settings,
         )
+    communicator.timeout = timeout
+    communicator.another = functools.partial(
+        connect, protocol, secret=secret, timeout=timeout, host=host, settings=settings
+    )
     if protocol == "auto":
         _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)
     else:

@@ -54,13 +54,20 @@ class Ring:
         self.right.place(view)
         self.stats.bytes_sent += view.nbytes
 
+    def see_off(self) -> None:
+        """Before this rank waits for the left: have sent what was posted, where that would not go on meanwhile."""
+        if self.left.sends_alone and not self.right.sends_alone:
+            self.right.flush()
+
     def fill(self, view: memoryview) -> None:
         """Receive from the left into `view`."""
+        self.see_off()
         self.left.fill(view)
         self.stats.bytes_received += view.nbytes
 
     def take(self, like: Array) -> Array:
         """Receive an array of this length and dtype from the left, valid until the next receive."""
+        self.see_off()
         view = self.left.take(like.nbytes)
         self.stats.bytes_received += like.nbytes
         return np.frombuffer(view, like.dtype)

@@ -61,8 +61,10 @@ class Segment:
                 # Reserved, not only sized: a page that finds no room later would kill the process (SIGBUS).
                 os.posix_fallocate(descriptor, 0, nbytes)
                 return cls(path, descriptor, nbytes)
-            except OSError as exc:
+            except BaseException as exc:
                 os.unlink(path)
+                if not isinstance(exc, OSError):
+                    raise
                 refusals.append(f"{directory}: {exc.strerror}")
             finally:
                 os.close(descriptor)
@@ -91,6 +93,11 @@ class Segment:
             return cls(path, descriptor, nbytes)
         finally:
             os.close(descriptor)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its file is one of memory, not of a disk."""
+        return Path(self.path).parent == _MEMORY
 
     def unlink(self) -> None:
         """Take away the name, so that nothing is left whatever happens; whoever attached last does it as well."""

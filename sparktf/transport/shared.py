@@ -125,6 +125,11 @@ class SharedGroup:
         own = parts[self.place]
         self._regions.append(_Region(own.ctypes.data, parts))
 
+    def release(self) -> None:
+        """Let go of all memory, which lives on where somebody else refers to it."""
+        for held in (self._incoming, self._outgoing, self._regions):
+            held.clear()
+
     def begin(self, header: bytes, expect: Callable[[Link, bytes], None], flat: Array, op: str, shards: int) -> Job:
         """Meet with all ranks of the group, and agree on whether arrays can be read in place.
 

@@ -1,6 +1,11 @@
-"""The ``shm`` protocol: reductions through shared memory within a machine, around a ring of machines between them."""
+"""The ``shm`` protocol: reductions through shared memory within a machine, around a ring of machines between them.
+
+Between machines it goes by sockets or, as ``auto`` may have it, over RDMA.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from sparktf.errors import ProtocolError, TransportError
 from sparktf.transport import ring
@@ -10,6 +15,7 @@ from sparktf.transport.contract import Array
 from sparktf.transport.hosts import Hosts, find_hosts, host_identity
 from sparktf.transport.link import Link
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
+from sparktf.transport.rdma_fabric import FAR_SLOT_BYTES, Fabric
 from sparktf.transport.reduction import chunk_bounds, finish, op_code
 from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_path
 from sparktf.transport.settings import Settings
@@ -74,43 +80,89 @@ class ShmCommunicator(CollectiveCommunicator):
         Seconds without progress.
     hosts : Hosts
         Which ranks share memory.
+    rdma : Settings or None
+        Of the RDMA device that leads to other machines; None: sockets do.
+
+    Raises
+    ------
+    ProtocolError
+        As `Fabric` does: a rank lacks what RDMA needs. The mesh can be used for another protocol.
     """
 
     protocol = "shm"
     chunk_bytes = CHUNK_BYTES
 
-    def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float, hosts: Hosts) -> None:
+    def __init__(
+        self, rank: int, size: int, mesh: Mesh, timeout: float, hosts: Hosts, rdma: Settings | None = None
+    ) -> None:
         super().__init__(rank, size, timeout)
+        self._machines = len(hosts.groups)
+        self._shards = min(len(group) for group in hosts.groups)
+        self._fabric = None if rdma is None else self._make_fabric(mesh, hosts, rdma)
         self._outbox = Outbox(INLINE_BYTES, self._on_send_error)
         members = hosts.group_of(rank)
+        links = self._make_links(mesh, members)
+        self._local = SharedGroup(members, rank, links, [hosts.staging[member].array for member in members])
+        self.stats.registrations += 1
+        self._across: ring.Ring | None = None
+        if neighbours := self._neighbours(hosts):
+            left, right = (links[peer] for peer in neighbours)
+            number = hosts.groups.index(members)
+            self._across = ring.Ring(left, right, number, self._machines, self.chunk_bytes, self.stats)
+        if self._machines > 1:
+            self.protocol = "shm+rdma" if self._fabric else "shm+tcp"
+        self._begin(links, mesh.control)
+
+    def _make_fabric(self, mesh: Mesh, hosts: Hosts, settings: Settings) -> Fabric:
+        """Connect with all ranks on other machines over RDMA."""
+        # Slots of the ring hold a chunk, and lie in locked memory: not longer than where all goes over RDMA.
+        self.chunk_bytes = CollectiveCommunicator.chunk_bytes
+        near, members = self._neighbours(hosts), hosts.group_of(self.rank)
+        slots = {
+            peer: self.chunk_bytes if peer in near else FAR_SLOT_BYTES for peer in mesh.data if peer not in members
+        }
+        fabric = Fabric(self.rank, mesh, slots, self._timeout, settings, self._ask)
+        self.stats.registrations += fabric.registrations
+        return fabric
+
+    def _make_links(self, mesh: Mesh, members: Sequence[int]) -> dict[int, Link]:
+        """Return links to all others, of which `members` are on this machine."""
         links: dict[int, Link] = {}
         for peer, sock in mesh.data.items():
             if peer in members:
-                links[peer] = ShmLink(sock, mesh.back[peer], peer, timeout, self._ask, self._outbox)
+                links[peer] = ShmLink(sock, mesh.back[peer], peer, self._timeout, self._ask, self._outbox)
+                continue
+            mesh.back[peer].close()
+            if self._fabric is None:
+                links[peer] = Channel(sock, peer, self._timeout, self._ask, self._outbox)
             else:
-                mesh.back[peer].close()
-                links[peer] = Channel(sock, peer, timeout, self._ask, self._outbox)
-        self._local = SharedGroup(members, rank, links, [hosts.staging[member].array for member in members])
-        self.stats.registrations += 1
-        self._machines = len(hosts.groups)
-        self._shards = min(len(group) for group in hosts.groups)
-        self._across = self._ring_of_machines(hosts, links)
-        if self._machines > 1:
-            self.protocol = "shm+tcp"
-        self._begin(links, mesh.control)
+                sock.close()
+                links[peer] = self._fabric.links[peer]
+        return links
 
-    def _ring_of_machines(self, hosts: Hosts, links: dict[int, Link]) -> ring.Ring | None:
-        """Return the ring of the ranks that hold this rank's shard, None where it holds none."""
-        place, count = self._local.place, len(hosts.groups)
+    def _neighbours(self, hosts: Hosts) -> tuple[int, ...]:
+        """Return who holds this rank's shard on the machines before and after; nobody where it holds none."""
+        members = hosts.group_of(self.rank)
+        place, count = members.index(self.rank), len(hosts.groups)
         if count == 1 or place >= self._shards:
-            return None
-        number = next(number for number, group in enumerate(hosts.groups) if self.rank in group)
-        left, right = hosts.groups[(number - 1) % count][place], hosts.groups[(number + 1) % count][place]
-        return ring.Ring(links[left], links[right], number, count, self.chunk_bytes, self.stats)
+            return ()
+        number = hosts.groups.index(members)
+        return hosts.groups[(number - 1) % count][place], hosts.groups[(number + 1) % count][place]
+
+    def _drain(self) -> None:
+        if self._fabric is not None:
+            self._fabric.drain()
+
+    def _on_left(self, peer: int) -> None:
+        if self._fabric is not None:
+            self._fabric.peer_left(peer)
 
     def _free(self) -> None:
         self._outbox.close()
         super()._free()
+        if self._fabric is not None:
+            self._fabric.close()
+        self._local.release()
 
     def _reduce_large(self, name: str, flat: Array, op: str, compression: str) -> None:
         """Reduce through memory; see `CollectiveCommunicator`."""
@@ -171,6 +223,9 @@ class ShmCommunicator(CollectiveCommunicator):
         finally:
             own.unlink()
         self._local.add_region([parts[member] for member in self._local.members])
+        # Pages of a disk's file cannot be pinned: what is sent of them goes through the links' slots.
+        if self._fabric is not None and own.in_memory:
+            self._fabric.register(own.array)
         return own.array[:nbytes]
 
     def _attach(self, path: str, nbytes: int, peer: int) -> Array:

@@ -11,7 +11,14 @@ from numpy.typing import DTypeLike
 
 from sparktf.errors import ParamError, TransportError
 from sparktf.transport.contract import Array, Communicator
-from sparktf.transport.reduction import check_array, check_compression, check_dtype, check_op
+from sparktf.transport.reduction import (
+    check_array,
+    check_compression,
+    check_dtype,
+    check_gathered,
+    check_op,
+    check_rows,
+)
 
 
 class SoloCommunicator(Communicator):
@@ -50,10 +57,11 @@ class SoloCommunicator(Communicator):
     def all_gather(self, array: Array, out: Callable[[int], Array] | None = None) -> list[Array]:
         """Return a copy as the only entry."""
         check_array(array, written=False)
+        check_gathered(array, out)
         with self._operation("all_gather"):
             if out is None:
                 return [array.copy()]
-            copy = out(len(array))
+            copy = check_rows(out(len(array)), len(array), array)
             np.copyto(copy, array)
             return [copy]
 

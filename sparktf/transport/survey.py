@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError
@@ -38,20 +39,25 @@ def share(mesh: Mesh, rank: int, facts: dict[str, Any], deadline: float) -> list
     TransportError, HandshakeError
         A peer is lost or late, or says what cannot be read.
     """
-    packed = json.dumps(facts).encode()
-    result: dict[int, dict[str, Any]] = {rank: facts}
+    told = share_with_each(mesh, dict.fromkeys(mesh.data, facts), deadline)
+    return [facts if peer == rank else told[peer] for peer in range(len(told) + 1)]
+
+
+def share_with_each(mesh: Mesh, facts: Mapping[int, dict[str, Any]], deadline: float) -> dict[int, dict[str, Any]]:
+    """Give each peer what is meant for it alone; return what each has told this rank. Otherwise as `share`."""
     for peer, sock in sorted(mesh.data.items()):
         try:
-            send_frame(sock, _FACTS, packed, _left(deadline))
+            send_frame(sock, _FACTS, json.dumps(facts[peer]).encode(), _left(deadline))
         except TransportError as exc:
             raise _named(exc, peer) from exc
+    result: dict[int, dict[str, Any]] = {}
     for peer, sock in sorted(mesh.data.items()):
         try:
             kind, payload = recv_frame(sock, _left(deadline), _LIMIT)
         except TransportError as exc:
             raise _named(exc, peer) from exc
         result[peer] = _parse(kind, payload, peer)
-    return [result[peer] for peer in range(len(result))]
+    return result
 
 
 def _parse(kind: int, payload: bytes, peer: int) -> dict[str, Any]:

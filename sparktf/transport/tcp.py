@@ -56,7 +56,7 @@ class TcpCommunicator(CollectiveCommunicator):
     def __init__(self, rank: int, size: int, mesh: Mesh, timeout: float) -> None:
         super().__init__(rank, size, timeout)
         self._outbox = Outbox(INLINE_BYTES, self._on_send_error)
-        self._begin(self._make_links(mesh, timeout), self._make_controls(mesh))
+        self._begin(self._make_links(mesh, timeout), self._make_controls(mesh), mesh.left)
 
     def _make_links(self, mesh: Mesh, timeout: float) -> dict[int, Link]:
         for sock in mesh.back.values():

@@ -6,7 +6,8 @@ import json
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -16,7 +17,28 @@ from sparktf.transport.framing import FrameReader, pack_frame
 _ABORT, _BYE, _PING, _PONG = range(1, 5)
 # A reason is a traceback at most; larger ones are cut.
 _REASON_CHARS = 8192
-_FRAME_LIMIT = 64 * 1024
+CONTROL_FRAME_LIMIT = 64 * 1024
+_TICK_SECONDS = 1.0
+# What reading another version's message may raise.
+UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+
+
+def pack_abort(peer: int, reason: str) -> bytes:
+    """Return the frame that says that the group has failed, and which rank is to blame."""
+    return pack_frame(_ABORT, json.dumps({"peer": peer, "reason": reason[:_REASON_CHARS]}).encode())
+
+
+def read_abort(kind: int, payload: bytes) -> tuple[int, str] | None:
+    """Return the rank to blame and the reason, None where the frame says something else; may raise `UNREADABLE`."""
+    if kind != _ABORT:
+        return None
+    said = json.loads(payload)
+    return int(said["peer"]), str(said["reason"])
+
+
+def says_goodbye(kind: int) -> bool:
+    """Return whether a frame says that its sender leaves in good order."""
+    return kind == _BYE
 
 
 class ControlSocket(Protocol):
@@ -58,6 +80,10 @@ class Watch:
         Called in the watch's thread with the rank of a peer that has said goodbye.
     doing : callable
         Returns what this rank is doing, in words, for peers that ask.
+    on_tick : callable
+        Called in the watch's thread every second.
+    left : iterable of int
+        Peers that have said goodbye before this began to listen.
     """
 
     def __init__(
@@ -66,14 +92,17 @@ class Watch:
         on_failure: OnFailure,
         on_left: Callable[[int], None],
         doing: Callable[[], str],
+        on_tick: Callable[[], None] = lambda: None,
+        left: Iterable[int] = (),
     ) -> None:
         self._controls = controls
         self._on_failure = on_failure
         self._on_left = on_left
         self._doing = doing
+        self._on_tick = on_tick
         self._news = threading.Condition()
         self._answers: dict[int, str] = {}
-        self._left: set[int] = set()
+        self._left = set(left)
         self._send_lock = threading.Lock()
         self._waker, self._wakee = socket.socketpair()
         for sock in controls.values():
@@ -87,17 +116,17 @@ class Watch:
 
     def tell_abort(self, peer: int, reason: str) -> None:
         """Tell everybody that the group has failed, and which rank is to blame."""
-        self._tell(_ABORT, json.dumps({"peer": peer, "reason": reason[:_REASON_CHARS]}).encode())
+        self._tell(pack_abort(peer, reason))
 
     def tell_bye(self) -> None:
         """Tell everybody that this rank leaves in good order."""
-        self._tell(_BYE, b"")
+        self._tell(pack_frame(_BYE, b""))
 
     def ask(self) -> None:
         """Ask every peer whether it is alive; `answers` holds what has come back since."""
         with self._news:
             self._answers.clear()
-        self._tell(_PING, b"")
+        self._tell(pack_frame(_PING, b""))
 
     def answers(self) -> dict[int, str]:
         """Return what each peer that has answered since `ask` is doing."""
@@ -117,8 +146,7 @@ class Watch:
         for sock in self._controls.values():
             sock.close()
 
-    def _tell(self, kind: int, payload: bytes) -> None:
-        frame = pack_frame(kind, payload)
+    def _tell(self, frame: bytes) -> None:
         with self._send_lock:
             for peer, sock in self._controls.items():
                 if peer in self._left:
@@ -131,9 +159,14 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakee, selectors.EVENT_READ)
             for peer, sock in self._controls.items():
-                selector.register(sock, selectors.EVENT_READ, (peer, FrameReader(_FRAME_LIMIT)))
+                selector.register(sock, selectors.EVENT_READ, (peer, FrameReader(CONTROL_FRAME_LIMIT)))
+            tick = time.monotonic() + _TICK_SECONDS
             while True:
-                for key, _ in selector.select():
+                heard = selector.select(max(0.0, tick - time.monotonic()))
+                if time.monotonic() >= tick:
+                    self._on_tick()
+                    tick = time.monotonic() + _TICK_SECONDS
+                for key, _ in heard:
                     if key.data is None:
                         return
                     peer, reader = key.data
@@ -153,7 +186,7 @@ class Watch:
         try:
             for kind, payload in frames:
                 self._act(peer, kind, payload)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
+        except UNREADABLE as exc:
             # The peer has proven itself, so this is another version or a fault, not an attack.
             self._on_failure(peer, f"its control message cannot be read: {exc!r}", False)
             return False
@@ -162,9 +195,9 @@ class Watch:
         return bool(data)
 
     def _act(self, peer: int, kind: int, payload: bytes) -> None:
-        if kind == _ABORT:
-            said = json.loads(payload)
-            self._on_failure(int(said["peer"]), str(said["reason"]), True)
+        told = read_abort(kind, payload)
+        if told is not None:
+            self._on_failure(*told, True)
         elif kind == _BYE:
             with self._news:
                 self._left.add(peer)

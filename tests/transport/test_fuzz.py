@@ -12,9 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparktf.errors import HandshakeError, TransportError
+from sparktf.errors import HandshakeError, PeerLostError, TransportError
 from sparktf.transport.framing import FrameReader, pack_frame
 from sparktf.transport.handshake import accept, initiate
+from sparktf.transport.lookout import Lookout
 from sparktf.transport.mesh import _exchange_addresses
 from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_path
 from sparktf.transport.survey import _parse
@@ -123,6 +124,26 @@ def test_control_messages_that_cannot_be_read_are_a_failure_of_the_peer_and_not_
         assert 2 in kinds(data) or failed.wait(5)
     watch.stop()
     assert all(isinstance(reason, str) for _, reason, _ in failures)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(max_size=100) | st.tuples(st.integers(0, 6), texts).map(lambda frame: pack_frame(*frame)))
+@example(pack_frame(1, b'{"peer": 1e999, "reason": ""}'))
+@example(pack_frame(2, b""))
+def test_the_last_words_of_a_peer_that_ends_while_others_connect_are_a_goodbye_or_a_loss(data):
+    ours, theirs = _tcp_pair()
+    left = set()
+    with ours:
+        with theirs:
+            theirs.sendall(data)
+        lost = []
+        try:
+            Lookout([], {3: ours}, left).look(set())
+        except PeerLostError as exc:
+            lost.append(exc.peer)
+        assert left == (set() if lost else {3})
+        assert all(isinstance(peer, int) for peer in lost)
+        assert lost or 2 in kinds(data)
 
 
 def kinds(data):

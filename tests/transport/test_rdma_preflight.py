@@ -1,5 +1,6 @@
 """What asking for RDMA says where it cannot be had; what needs a device is in ``tests/rdma``."""
 
+import enum
 import resource
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf.errors import HandshakeError, ParamError, ProtocolError  # noqa: E402
-from sparktf.transport import Settings, rdma, rdma_device  # noqa: E402
+from sparktf.transport import Settings, rdma, rdma_device, rdma_fabric  # noqa: E402
 from sparktf.transport.rdma_queue import Card  # noqa: E402
 from sparktf.transport.testing import run_threads  # noqa: E402
 
@@ -48,6 +49,23 @@ def test_too_little_locked_memory_is_named_with_the_limit(monkeypatch):
     rdma_device.check_locked_memory(8 << 20)
     with pytest.raises(ProtocolError, match=r"needs 9 MiB of locked memory.*may lock: 8.0 MiB \(ulimit -l\)"):
         rdma_device.check_locked_memory(9 << 20)
+
+
+class PortState(enum.IntEnum):
+    IBV_PORT_DOWN = 1
+    IBV_PORT_ACTIVE = 4
+
+
+def test_constants_are_found_in_the_module_and_in_its_enumerations():
+    # As an older Cython makes them, and as a newer one does.
+    older = SimpleNamespace(**PortState.__members__, __name__="pyverbs.enums", other=7)
+    newer = SimpleNamespace(ibv_port_state=PortState, IBV_WC_STANDARD_FLAGS=127, size_t=int)
+    assert vars(rdma_device.constants(older)) == {"IBV_PORT_DOWN": 1, "IBV_PORT_ACTIVE": 4}
+    assert vars(rdma_device.constants(newer)) == {
+        "IBV_PORT_DOWN": 1,
+        "IBV_PORT_ACTIVE": 4,
+        "IBV_WC_STANDARD_FLAGS": 127,
+    }
 
 
 def gid(index, text, kind="v2", port=1):
@@ -95,6 +113,6 @@ def test_what_is_no_card_is_refused(value, field):
     if type(value) is type(card[field]):
         return
     with pytest.raises(HandshakeError, match="card"):
-        rdma._read_card({"cards": {"1": {**card, field: value}}}, 0, 1)
+        rdma_fabric._read_card({"card": {**card, field: value}}, 0)
     with pytest.raises(HandshakeError, match="card"):
-        rdma._read_card({"cards": value}, 0, 1)
+        rdma_fabric._read_card({"card": value}, 0)

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import stat
@@ -74,6 +75,24 @@ def test_no_name_is_left_while_ranks_still_work(made):
     assert run_threads("shm", 3, main) == [[]] * 3
     # Of each rank: for reductions, for what was allocated, and for what it gathered to its neighbour.
     assert len(made) == 9
+
+
+def test_a_closed_communicator_holds_no_memory_though_it_is_kept():
+    kept = []
+
+    def main(comm):
+        kept.append(comm)
+        comm.all_reduce(comm.allocate(300_000, np.float32))
+        comm.all_gather(np.ones(300_000))
+
+    def mapped():
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("/sparktf-")
+
+    before = mapped()
+    run_threads("shm", 2, main)
+    assert len(kept) == 2
+    assert mapped() == before
 
 
 def test_no_name_is_left_of_a_killed_rank(tmp_path):

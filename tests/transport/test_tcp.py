@@ -1,7 +1,11 @@
 import json
+import os
+import signal
 import socket
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +13,17 @@ import pytest
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf import transport  # noqa: E402
-from sparktf.errors import HandshakeError, TransportError, TransportTimeoutError  # noqa: E402
+from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError  # noqa: E402
+from sparktf.transport import Settings, doorman, guard, mesh  # noqa: E402
 from sparktf.transport.doorman import Group  # noqa: E402
 from sparktf.transport.testing import (  # noqa: E402
     SECRET,
     MemoryExchange,
     TransportConformance,
+    processes,
     run_threads,
 )
+from sparktf.transport.wire import pack_header  # noqa: E402
 
 
 class TestTcp(TransportConformance):
@@ -79,7 +86,31 @@ def test_strangers_neither_block_nor_kill_the_listener():
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("sparktf-")]
 
 
-def test_a_rank_that_dies_before_it_connects_is_named():
+def test_peers_come_through_once_strangers_that_took_all_the_room_have_timed_out(monkeypatch):
+    monkeypatch.setattr(doorman, "_MOST_HANDSHAKES", 3)
+    monkeypatch.setattr(doorman, "_STRANGER_SECONDS", 0.3)
+    meeting = MemoryExchange(2)
+    strangers = []
+
+    def disturbed(rank):
+        def exchange(entry):
+            entries = meeting.of(rank)(entry)
+            if rank == 1:
+                card = json.loads(entries[0])
+                strangers.extend(socket.create_connection((card["host"], card["port"]), 5) for _ in range(7))
+            return entries
+
+        return exchange
+
+    begin = time.monotonic()
+    assert pair(disturbed) == [[2.0] * 3] * 2
+    assert 0.5 < time.monotonic() - begin < 3
+    for stranger in strangers:
+        stranger.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("sparktf-")]
+
+
+def test_a_rank_that_dies_before_it_connects_is_named_long_before_the_timeout():
     meeting = MemoryExchange(2)
 
     def half(rank):
@@ -91,10 +122,115 @@ def test_a_rank_that_dies_before_it_connects_is_named():
 
         return exchange
 
-    first, second = pair(half, timeout=0.5)
+    begin = time.monotonic()
+    first, second = pair(half, timeout=30.0)
+    assert time.monotonic() - begin < 2
+    assert isinstance(first, PeerLostError)
+    assert first.peer == 1
+    assert str(second) == "dies here"
+
+
+def fork_and_wait(comm):
+    """As a program does that loads its data in forked processes; rank 0 only waits."""
+    if comm.rank == 1 and os.fork() == 0:
+        time.sleep(10)
+        os._exit(0)
+    comm.barrier()
+    comm.recv(1 - comm.rank, np.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_killed_process_is_reported_at_once_where_processes_that_it_forked_live_on(tmp_path):
+    with processes("tcp", 2, fork_and_wait, tmp_path, timeout=30.0) as ranks:
+        for rank in ranks:
+            assert rank.report()["event"] == "connected"
+        time.sleep(1.0)
+        begin = time.monotonic()
+        ranks[1].signal(signal.SIGKILL)
+        failure = ranks[0].report()
+    assert (failure["error"], failure["peer"]) == ("PeerLostError", 1)
+    assert failure["at"] - begin < 2
+
+
+def test_a_rank_that_listens_and_does_not_come_is_named_at_the_timeout():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        meeting = MemoryExchange(2)
+
+        def absent(rank):
+            def exchange(entry):
+                if rank == 0:
+                    return meeting.of(rank)(entry)
+                card = json.loads(entry) | {"port": listener.getsockname()[1]}
+                meeting.of(rank)(json.dumps(card).encode())
+                raise TransportError("stays away")
+
+            return exchange
+
+        first, _ = pair(absent, timeout=1.5)
     assert isinstance(first, TransportTimeoutError)
     assert "rank(s) 1" in str(first)
-    assert str(second) == "dies here"
+
+
+@pytest.mark.parametrize(("tls", "words"), [(False, False), (False, True), (True, True)])
+def test_a_rank_that_dies_while_others_still_connect_is_reported_by_all_others(tls, words, monkeypatch):
+    # Rank 1 has connected to rank 0 when it ends, and rank 2 is late; rank 3 has connected to both.
+    connected, ended, begin = threading.Event(), threading.Event(), []
+    reach = mesh._reach
+
+    def staged(address, group, channel, peer):
+        if group.rank == 2:
+            connected.wait(10)
+            ended.wait(10)
+            time.sleep(1.0)
+        return reach(address, group, channel, peer)
+
+    def next_peer(waiting, missing, seconds):
+        if waiting._group.rank == 1:
+            connected.set()
+            begin.append(time.monotonic())
+            raise TransportError("the disk is full")
+        return plain_next(waiting, missing, seconds)
+
+    def tell(dying, error):
+        if dying.rank == 1:
+            ended.set()
+        if words or dying.rank != 1:
+            plain_tell(dying, error)
+
+    plain_next, plain_tell = doorman.Doorman.next, mesh.Mesh._tell
+    monkeypatch.setattr(mesh, "_reach", staged)
+    monkeypatch.setattr(doorman.Doorman, "next", next_peer)
+    monkeypatch.setattr(mesh.Mesh, "_tell", tell)
+    outcomes = run_threads("tcp", 4, lambda comm: comm.barrier(), timeout=30.0, settings=[Settings(tls=tls)] * 4)
+    assert time.monotonic() - begin[0] < 4
+    for outcome in (outcomes[0], outcomes[3]):
+        assert isinstance(outcome, PeerLostError)
+        assert outcome.peer == 1
+    assert not words or outcomes[0].reason == "rank 1: the disk is full"
+    # So late that the first it meets has given up as well.
+    assert isinstance(outcomes[2], PeerLostError)
+    assert outcomes[2].peer == 0
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_rank_that_has_nothing_to_do_may_leave_while_others_still_connect(tls, monkeypatch):
+    reach = mesh._reach
+
+    def staged(address, group, channel, peer):
+        if group.rank == 2 and peer == 1:
+            time.sleep(1.0)
+        return reach(address, group, channel, peer)
+
+    def main(comm):
+        if comm.rank == 0:
+            return None
+        # By now rank 0 is known to have left.
+        time.sleep(0.5)
+        comm.send(3 - comm.rank, np.full(4, comm.rank))
+        return comm.recv(3 - comm.rank, np.zeros(4, int)).tolist()
+
+    monkeypatch.setattr(mesh, "_reach", staged)
+    assert run_threads("tcp", 3, main, settings=[Settings(tls=tls)] * 3) == [None, [2] * 4, [1] * 4]
 
 
 @pytest.mark.parametrize("entry", [b"", b"not json", b"[]", b'{"rank": 0, "size": 3, "host": "x", "port": 1}'])
@@ -127,6 +263,27 @@ def test_the_default_address_connects():
     assert meeting.calls == [1, 1]
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ranks_meet_on_an_address_of_ipv6(host):
+    if not Path("/proc/sys/net/ipv6").exists():
+        pytest.skip("this kernel has no IPv6")
+    meeting = MemoryExchange(2)
+    outcomes = [None, None]
+
+    def main(rank):
+        with transport.connect(
+            "tcp", rank=rank, size=2, exchange=meeting.of(rank), secret=SECRET, timeout=5, host=host
+        ) as communicator:
+            outcomes[rank] = communicator.all_reduce(np.ones(3)).tolist()
+
+    threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == [[2.0] * 3] * 2
+
+
 def test_two_groups_with_the_same_secret_do_not_mix():
     outcomes = [None, None]
 
@@ -152,6 +309,31 @@ def test_bytes_are_counted_as_the_ring_promises():
         assert stats.bytes_sent == stats.bytes_received == 2 * 3 * length
         assert stats.operations == 1
         assert stats.seconds > 0
+
+
+def test_an_operation_that_moves_without_end_is_ended_and_names_the_rank_that_drips(monkeypatch):
+    monkeypatch.setattr(guard, "LONGEST_TIMEOUTS", 2)
+    array = np.zeros(100_000, np.uint8)
+
+    def main(comm):
+        if comm.rank == 0:
+            begin = time.monotonic()
+            with pytest.raises(
+                TransportTimeoutError, match=r"recv from rank 1 \(operation 1\), waiting for rank 1: .*2 times"
+            ):
+                comm.recv(1, array)
+            return time.monotonic() - begin
+        sock = comm._links[0]._sock
+        with suppress(OSError):
+            sock.sendall(pack_header("send", array, 1))
+            # Each byte long before the timeout.
+            for _ in range(200):
+                sock.sendall(b"x")
+                time.sleep(0.1)
+        return None
+
+    took, _ = run_threads("tcp", 2, main, timeout=1.5)
+    assert 3 < took < 8
 
 
 @pytest.mark.parametrize("size", [6, 9])

@@ -8,9 +8,11 @@ import pytest
 
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
-from sparktf.errors import HandshakeError, ParamError, ProtocolError  # noqa: E402
+from sparktf.errors import HandshakeError, ParamError, PeerLostError, ProtocolError  # noqa: E402
 from sparktf.transport import Settings, mesh  # noqa: E402
-from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
+from sparktf.transport.doorman import Doorman, Group  # noqa: E402
+from sparktf.transport.handshake import initiate  # noqa: E402
+from sparktf.transport.testing import SECRET, TransportConformance, run_threads  # noqa: E402
 from sparktf.transport.tls import Credentials  # noqa: E402
 
 MARK = b"these weights are secret"
@@ -53,6 +55,22 @@ def test_what_travels_can_be_read_on_the_way_unless_it_is_encrypted(tls, monkeyp
     assert (MARK in tap.seen) != tls
 
 
+def test_a_rank_that_says_goodbye_to_tls_in_the_middle_of_its_handshake_is_lost_and_has_refused_nothing(monkeypatch):
+    secure = Group.secure
+
+    def ending(group, sock, theirs, deadline, *, server):
+        if server:
+            # TLS's own goodbye (close_notify), instead of a greeting.
+            sock.sendall(bytes.fromhex("15030300020100"))
+            raise HandshakeError("it ends")
+        return secure(group, sock, theirs, deadline, server=server)
+
+    monkeypatch.setattr(Group, "secure", ending)
+    outcomes = run_threads("tcp", 2, lambda comm: comm.rank, timeout=5.0, settings=[Settings(tls=True)] * 2)
+    assert isinstance(outcomes[1], PeerLostError), outcomes
+    assert outcomes[1].peer == 0
+
+
 @pytest.mark.parametrize("impostor", ["server", "client"])
 def test_an_end_without_the_proven_certificate_is_refused(impostor):
     left, right = socket.socketpair()
@@ -78,6 +96,18 @@ def test_an_end_without_the_proven_certificate_is_refused(impostor):
     thread.join(10)
     assert any(isinstance(exc, HandshakeError) for exc in caught)
     assert len(caught) == 2
+
+
+def test_a_peer_that_is_stuck_while_encrypting_does_not_hold_up_a_rank_that_leaves():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        group = Group(0, 2, "job", SECRET, time.monotonic() + 30, Credentials())
+        theirs = Group(1, 2, "job", SECRET, group.deadline, Credentials())
+        with socket.create_connection(listener.getsockname(), 5) as peer:
+            with Doorman(listener, group):
+                initiate(peer, SECRET, theirs.identity("data", 0), group.deadline)
+                time.sleep(0.2)
+                begin = time.monotonic()
+            assert time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize("certificate", [None, "", "no base64", "QUJD"])

@@ -16,6 +16,12 @@ def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones():
         connect("carrier pigeon")
 
 
+@pytest.mark.parametrize("target", ["no_such_package:connect", "sparktf.transport:no_such_function", ":connect"])
+def test_a_backend_that_cannot_be_imported_is_an_error_that_says_why(target):
+    with pytest.raises(ProtocolError, match=r"Received: .*Is the package installed on every node\?"):
+        connect(target, size=2)
+
+
 def test_the_name_that_others_have_for_rdma_is_understood():
     with connect("grpc_rdma") as communicator:
         assert communicator.protocol == "rdma"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,25 @@ class Collectives:
         assert len({values.tobytes() for values in outcomes}) == 1
         # Three roundings to 8 bits on the way round, each of half a unit in the last place at most.
         np.testing.assert_allclose(outcomes[0], whole, rtol=3 * 2**-8)
+
+    @pytest.mark.parametrize("compression", ["none", "bf16"])
+    def test_nothing_large_is_allocated_after_the_first_step(self, compression: str) -> None:
+        def main(comm: Communicator) -> int:
+            values = np.ones(1_000_000, np.float32)
+            comm.all_reduce(values, compression=compression)
+            comm.barrier()
+            if comm.rank == 0:
+                tracemalloc.start()
+            comm.barrier()
+            comm.all_reduce(values, compression=compression)
+            comm.barrier()
+            return tracemalloc.get_traced_memory()[1]
+
+        try:
+            # Of both ranks together: headers, views and lists of chunks.
+            assert max(run_threads(self.protocol, 2, main)) < 100_000
+        finally:
+            tracemalloc.stop()
 
     def test_compression_of_what_cannot_be_compressed_is_refused(self) -> None:
         def main(comm: Communicator) -> bool:
@@ -256,6 +276,8 @@ class Collectives:
                     comm.all_reduce(array, op)
             with pytest.raises(ParamError):
                 comm.all_reduce(np.array(["text"]))
+            with pytest.raises(ParamError, match="axis"):
+                comm.all_gather(np.array(1.0), np.empty)
             return bool(comm.all_reduce(np.ones(1))[0] == comm.size)
 
         assert run_threads(self.protocol, 2, main) == [True, True]

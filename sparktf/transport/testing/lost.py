@@ -24,6 +24,20 @@ def reduce_forever(communicator: Communicator) -> None:
         communicator.all_reduce(large, "mean")
 
 
+def check_killed_process(protocol: str, directory: Path) -> None:
+    """Kill one of three ranks that reduce; check that the others name it within two seconds."""
+    with processes(protocol, 3, reduce_forever, directory, timeout=30.0) as ranks:
+        for rank in ranks:
+            assert rank.report()["event"] == "connected"
+        time.sleep(0.3)
+        begin = time.monotonic()
+        ranks[1].signal(signal.SIGKILL)
+        failures = [ranks[0].report(), ranks[2].report()]
+    assert [failure["error"] for failure in failures] == ["PeerLostError"] * 2
+    assert [failure["peer"] for failure in failures] == [1, 1]
+    assert all(failure["at"] - begin < 2 for failure in failures)
+
+
 def _leave(communicator: Communicator) -> None:
     communicator.all_reduce(np.ones(300_000))
     # An exit from within the ``with`` block that runs no clean-up of ours.
@@ -38,16 +52,7 @@ class LostProcesses:
     protocol = ""
 
     def test_a_killed_process_is_reported_by_all_others_within_two_seconds(self, tmp_path: Path) -> None:
-        with processes(self.protocol, 3, reduce_forever, tmp_path, timeout=30.0) as ranks:
-            for rank in ranks:
-                assert rank.report()["event"] == "connected"
-            time.sleep(0.3)
-            begin = time.monotonic()
-            ranks[1].signal(signal.SIGKILL)
-            failures = [ranks[0].report(), ranks[2].report()]
-        assert [failure["error"] for failure in failures] == ["PeerLostError"] * 2
-        assert [failure["peer"] for failure in failures] == [1, 1]
-        assert all(failure["at"] - begin < 2 for failure in failures)
+        check_killed_process(self.protocol, tmp_path)
 
     def test_a_stopped_process_is_reported_within_the_timeout(self, tmp_path: Path) -> None:
         with processes(self.protocol, 3, reduce_forever, tmp_path, timeout=2.0) as ranks:
