@@ -20,9 +20,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 
 class SparktfError(Exception):
-    """Base of everything that sparktf raises on purpose."""
+    """Base of everything that sparktf raises on purpose.
+
+    Attributes
+    ----------
+    remote_traceback : str
+        Of the process that raised it first, where that was another one; else empty.
+    """
+
+    remote_traceback: str = ""
 
 
 class ParamError(SparktfError, ValueError):
@@ -105,6 +117,43 @@ class DriftError(SparktfError, RuntimeError):
 
 class PersistenceError(SparktfError, RuntimeError):
     """A stage or a model cannot be saved or loaded as asked."""
+
+
+def located(error: SparktfError, where: str) -> SparktfError:
+    """Return an error that is like this one, and whose message begins with where it happened."""
+    again = copy.copy(error)
+    again.args = (f"{where}: {error}", *error.args[1:])
+    return again
+
+
+def told_error(told: Mapping[str, Any], rank: int) -> SparktfError:
+    """Make an error of what a node's own process told of it.
+
+    Parameters
+    ----------
+    told : mapping
+        ``"kind"``, its qualified name; ``"message"``, ``"traceback"``; of a lost peer ``"peer"`` and ``"reason"``.
+    rank : int
+        The node's.
+
+    Returns
+    -------
+    SparktfError
+        sparktf's own errors as they were, with the process's traceback as ``remote_traceback``; of others a
+        `NodeError`.
+    """
+    known = own_error(told["kind"])
+    if known is PeerLostError:
+        return PeerLostError(told["message"], told["peer"], told["reason"])
+    if known is NodeError:
+        return NodeError(told["message"], rank, told["traceback"])
+    if known is not None:
+        rebuilt = known(told["message"])
+        # The place in the program, for the driver to show; this process's own tells nothing.
+        rebuilt.remote_traceback = told["traceback"]
+        return rebuilt
+    message = f"{told['kind'].removeprefix('builtins.')}: {told['message']}\n\n{told['traceback']}"
+    return NodeError(message, rank, told["traceback"])
 
 
 def own_error(name: str) -> type[SparktfError] | None:

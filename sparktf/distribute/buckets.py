@@ -6,6 +6,7 @@ goes from the last variable to the first, so buckets do too, and a bucket is sen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,19 @@ class Bucket:
 def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return what gradients of a dtype are summed in."""
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
+def gradient_bytes(model: Any) -> int:
+    """Return how many bytes the gradients of a model's step take; 0 where that is not known.
+
+    Parameters
+    ----------
+    model : keras.Model or None
+        One that was never built has no weights yet.
+    """
+    if model is None or not model.built:
+        return 0
+    return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in model.trainable_variables)
 
 
 def plan_buckets(gradients: Sequence[tuple[np.dtype[Any], int]], first_bytes: int, bucket_bytes: int) -> list[Bucket]:

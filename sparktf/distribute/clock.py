@@ -33,6 +33,11 @@ class StepClock:
         """Start a new epoch."""
         self._step.assign(0)
 
+    @property
+    def step(self) -> int:
+        """The step of the epoch that is under way, or was last; from 1."""
+        return int(self._step)
+
     def tick(self) -> tuple[Any, Any]:
         """Begin a step.
 

@@ -8,10 +8,19 @@ from typing import Any
 
 
 def custom_objects() -> dict[str, Any]:
-    """Return a snapshot of Keras's registry of custom classes and functions: ``{"package>name": object}``."""
+    """Return a snapshot of Keras's registry of custom classes and functions: ``{"package>name": object}``.
+
+    Without sparktf's own, which are imported where a model is loaded: to unpickle one would import Keras before a
+    worker has set it up.
+    """
     import keras
 
-    return dict(keras.saving.get_custom_objects())
+    registry = keras.saving.get_custom_objects().items()
+    return {name: value for name, value in registry if not _ours(value)}
+
+
+def _ours(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("sparktf.")
 
 
 @contextmanager

@@ -45,6 +45,11 @@ def restore(obj: Any) -> None:
     object_registration.GLOBAL_CUSTOM_NAMES.pop(derived, None)
 
 
+def plain_class(obj: Any) -> type:
+    """Return the class of an object without what `derive` has mixed in."""
+    return getattr(type(obj), "_sparktf_original", type(obj))
+
+
 def _name_alike(keras: Any, original: type, derived: type) -> None:
     name = keras.saving.get_registered_name(original)
     objects = keras.saving.get_custom_objects()

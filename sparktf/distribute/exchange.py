@@ -76,7 +76,7 @@ class GradientExchange:
             self.agree()
             # One element more than the gradients need, for the stop flag.
             self._sets = [
-                [_aligned_zeros(self._communicator, b.size + 1, b.dtype) for b in self.buckets] for _ in range(2)
+                [aligned_zeros(self._communicator, b.size + 1, b.dtype) for b in self.buckets] for _ in range(2)
             ]
         self._turn = 1 - self._turn
         self._full.clear()
@@ -179,7 +179,7 @@ class GradientExchange:
         self._agreed = True
 
 
-def _aligned_zeros(communicator: Communicator, elements: int, dtype: np.dtype[Any]) -> Array:
+def aligned_zeros(communicator: Communicator, elements: int, dtype: np.dtype[Any]) -> Array:
     """Allocate from the communicator, beginning on a boundary from which TensorFlow takes memory as it is."""
     spare = ALIGN_BYTES // dtype.itemsize
     memory = communicator.allocate(elements + spare, dtype)

@@ -6,7 +6,6 @@ once in a process, so this is for nodes in fresh ones.
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import Any
 
@@ -14,8 +13,9 @@ import numpy as np
 
 from sparktf.distribute.exchange import Array, GradientExchange
 from sparktf.distribute.reducer import GradientReducer, weigh
-from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
-from sparktf.transport import Communicator
+from sparktf.errors import PeerLostError, ProtocolError, TransportError, TransportTimeoutError
+from sparktf.transport import Communicator, Settings
+from sparktf.transport.ports import HeldPort, host_and_port
 
 # Any number that TensorFlow itself does not count up to.
 _GROUP_KEY = 0x5F54
@@ -40,25 +40,33 @@ def start_cluster(communicator: Communicator, host: str) -> Any:
 
     Raises
     ------
+    ProtocolError
+        Encryption was asked for.
     TransportError
         TensorFlow cannot listen.
     """
     import tensorflow as tf
 
-    with socket.create_server((host, 0)) as held:
-        # Held until all know it; TensorFlow does not listen beside another socket, so that it must be let go then.
-        mine = f"{host}:{held.getsockname()[1]}"
+    if Settings.from_environment().tls:
+        raise ProtocolError(
+            "Expected another protocol than 'grpc' with SPARKTF_TLS=1: TensorFlow's own collectives send gradients in "
+            "clear text. Use protocol='tcp'."
+        )
+
+    # Held until TensorFlow serves: nobody else can take the port after the others have been told of it.
+    with HeldPort(host) as held:
+        mine = host_and_port(host, held.port)
         addresses = [address.decode() for address in communicator.all_gather_bytes(mine.encode())]
-    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": addresses}), task_type="worker", task_id=communicator.rank, rpc_layer="grpc"
-    )
-    try:
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
-    except tf.errors.OpError as error:
-        raise TransportError(
-            f"rank {communicator.rank}: expected TensorFlow to serve on {mine}, received: {error.message}. Another "
-            "process has taken the port in this moment; fit again."
-        ) from error
+        resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec({"worker": addresses}), task_type="worker", task_id=communicator.rank, rpc_layer="grpc"
+        )
+        try:
+            return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        except tf.errors.OpError as error:
+            raise TransportError(
+                f"rank {communicator.rank}: expected TensorFlow to serve on {mine} and to meet the other ranks there. "
+                f"Received: {error.message}."
+            ) from error
 
 
 class GrpcReducer(GradientReducer):
@@ -92,11 +100,10 @@ class GrpcReducer(GradientReducer):
             parts = [tf.cast(tensors[place.gradient], bucket.dtype) for place in bucket.places]
             flat = [tf.reshape(weigh(part, share), (-1,)) for part in parts]
             summed = self._reduced(tf.concat([*flat, [tf.cast(stop, bucket.dtype)]], 0), exchange, number)
-            pieces = tf.split(summed, [*(place.stop - place.start for place in bucket.places), 1])
-            for place, piece in zip(bucket.places, pieces, strict=False):
+            *pieces, flag = tf.split(summed, [*(place.stop - place.start for place in bucket.places), 1])
+            for place, piece in zip(bucket.places, pieces, strict=True):
                 tensor = tensors[place.gradient]
                 results[place.gradient] = tf.cast(tf.reshape(piece, tensor.shape), tensor.dtype)
-            flag = pieces[-1]
 
         def finish(flag: Array, share: Array, *arrays: Array) -> list[Array]:
             self.stop_agreed = self.stop_agreed or bool(flag[0] > 0)

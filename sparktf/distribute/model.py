@@ -7,13 +7,13 @@ own ``fit`` runs: its callbacks, validation, history, ``steps_per_execution`` an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparktf.distribute.checks import refuse_masks
 from sparktf.distribute.clock import StepClock
 from sparktf.distribute.derive import derive, restore
-from sparktf.distribute.reducer import GradientReducer
+from sparktf.distribute.group import Group, Stopping
 from sparktf.distribute.state import (
     average_state,
     common_names,
@@ -21,7 +21,6 @@ from sparktf.distribute.state import (
     sum_accumulated,
     sum_metric_states,
 )
-from sparktf.transport import Communicator
 
 
 class Coordination:
@@ -29,8 +28,8 @@ class Coordination:
 
     Parameters
     ----------
-    communicator : Communicator
-    reducer : GradientReducer
+    communicator : Group
+    reducer : Stopping
     clock : StepClock
     row_weight : float
         This rank's training rows by those of all ranks.
@@ -42,12 +41,16 @@ class Coordination:
         Some rank takes a step without rows; where none does, the graph need not branch.
     optimizers : sequence of keras.optimizers.Optimizer
         Those that reduce.
+    lockstep : bool
+        All ranks take a step together; else the clock knows no rows but this rank's.
+    epoch_ends : callable
+        Called when this rank has taken an epoch's steps.
     """
 
     def __init__(
         self,
-        communicator: Communicator,
-        reducer: GradientReducer,
+        communicator: Group,
+        reducer: Stopping,
         clock: StepClock,
         *,
         row_weight: float,
@@ -55,6 +58,8 @@ class Coordination:
         sum_loss: bool,
         may_idle: bool,
         optimizers: Sequence[Any] = (),
+        lockstep: bool = True,
+        epoch_ends: Callable[[], None] = lambda: None,
     ) -> None:
         self.communicator = communicator
         self.reducer = reducer
@@ -64,7 +69,10 @@ class Coordination:
         self.sum_loss = sum_loss
         self.may_idle = may_idle
         self.optimizers = optimizers
+        self.lockstep = lockstep
+        self.epoch_ends = epoch_ends
         # Tensors of the step that is being traced.
+        self.local_rows: Any = None
         self.share: Any = None
         self.inverse_share: Any = None
         # Rows of this rank in the last step, for logs that no metric stands behind.
@@ -73,6 +81,18 @@ class Coordination:
         self.joint = False
         # What the present batch counts for in the losses of single outputs.
         self.loss_weight: Any = None
+
+    def step_weight(self) -> Any:
+        """Return what this rank's part of a step counts for in means over steps; while a step is traced."""
+        import tensorflow as tf
+
+        return self.share if self.lockstep else tf.cast(self.local_rows, tf.float32)
+
+    def table_share(self) -> Any:
+        """Return what this rank's gradients of a sharded table count; while a step is traced."""
+        import tensorflow as tf
+
+        return self.share if self.lockstep else tf.cast(tf.minimum(self.local_rows, 1), tf.float32)
 
 
 class _DistributedMixin:
@@ -98,6 +118,7 @@ class _DistributedMixin:
         group = self._sparktf
         local, total = group.clock.tick()
         group.last_rows.assign(local)
+        group.local_rows = local
         group.share = tf.cast(local, tf.float32) / tf.cast(total, tf.float32)
         group.inverse_share = tf.cast(total, tf.float32) / tf.cast(tf.maximum(local, 1), tf.float32)
         if not group.may_idle:
@@ -127,7 +148,7 @@ class _DistributedMixin:
         predictions = kwargs.get("y_pred", args[2] if len(args) > 2 else None)
         refuse_masks(predictions)
         training = bool(kwargs.get("training", not group.evaluating))
-        group.loss_weight = group.share if training else _rows_of(predictions)
+        group.loss_weight = group.step_weight() if training else _rows_of(predictions)
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
         if not group.sum_loss or not training or loss is None:
             return loss
@@ -156,6 +177,8 @@ class _DistributedMixin:
         group = self._sparktf
         if group.evaluating and not group.joint:
             return super()._get_metrics_result_or_logs(logs)  # type: ignore[misc]
+        if not group.evaluating:
+            group.epoch_ends()
         sum_metric_states(self.metrics, group.communicator)  # type: ignore[attr-defined]
         results = self.get_metrics_result()  # type: ignore[attr-defined]
         if group.evaluating:
@@ -234,7 +257,7 @@ def _without_seeds(model: Any) -> list[Any]:
     return list({id(v): v for v in [*state_variables(model), *metrics]}.values())
 
 
-def _with_plain_logs(results: dict[str, Any], logs: Any, rows: float, communicator: Communicator) -> dict[str, Any]:
+def _with_plain_logs(results: dict[str, Any], logs: Any, rows: float, communicator: Group) -> dict[str, Any]:
     """Take each of the step's logs from its metric where there is one, else its mean over the ranks."""
     mine = _flat(logs) if isinstance(logs, dict) else {}
     # Also a rank without logs takes part, and learns the others'.

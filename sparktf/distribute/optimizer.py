@@ -51,9 +51,33 @@ class _ReducingMixin:
         return super()._clip_gradients(grads)  # type: ignore[misc]
 
 
+class _DecidingMixin:
+    """Loss scaling around an optimizer that accumulates: ranks agree on whether to skip a step, and on no more.
+
+    The inner optimizer reduces the gradients, once an update.
+    """
+
+    _sparktf_reduce: Callable[[Sequence[Any], Any, Sequence[Any]], list[Any]]
+    _sparktf_share: Callable[[], Any]
+
+    def check_finite(self, grads: Sequence[Any]) -> Any:
+        import tensorflow as tf
+
+        # What a rank without rows has computed counts for nothing.
+        finite = tf.logical_or(super().check_finite(grads), self._sparktf_share() <= 0)  # type: ignore[misc]
+        (overflows,) = self._sparktf_reduce([tf.cast(tf.logical_not(finite), tf.float32)], 1.0, ())
+        return tf.equal(overflows, 0)
+
+
 def accumulates(optimizer: Any) -> bool:
     """Tell whether an optimizer adds up the gradients of several steps before it updates the variables."""
     return bool(getattr(optimizer, "gradient_accumulation_steps", None))
+
+
+def accumulating(optimizer: Any) -> Any | None:
+    """Return the optimizer that accumulates: this one, or the one inside a LossScaleOptimizer; None where none does."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return next((o for o in (optimizer, inner) if accumulates(o)), None)
 
 
 def find_optimizers(model: Any) -> list[Any]:
@@ -116,13 +140,20 @@ def distribute_optimizer(optimizer: Any, reducer: GradientReducer, share: Callab
         Returns, while a step is traced, the scalar float32 tensor of this rank's share of the step's rows.
     """
     key = reducer.new_key()
-    derive(optimizer, _ReducingMixin)
+    inner = accumulating(optimizer)
+    scaled = inner not in (None, optimizer)
+    derive(optimizer, _DecidingMixin if scaled else _ReducingMixin)
     object.__setattr__(optimizer, "_sparktf_reduce", lambda *given: reducer.reduce(key, *given))
     object.__setattr__(optimizer, "_sparktf_share", share)
+    if scaled:
+        distribute_optimizer(inner, reducer, share)
 
 
 def restore_optimizer(optimizer: Any) -> None:
     """Undo `distribute_optimizer`."""
+    inner = accumulating(optimizer)
+    if inner not in (None, optimizer):
+        restore_optimizer(inner)
     restore(optimizer)
     object.__delattr__(optimizer, "_sparktf_reduce")
     object.__delattr__(optimizer, "_sparktf_share")

@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from sparktf.distribute.group import Group
+from sparktf.distribute.optimizer import accumulating
 from sparktf.errors import DriftError
-from sparktf.transport import Communicator
 
 _DIGEST_BYTES = 8  # of each variable's hash: a drift goes unseen once in 2**64
 
 
-def broadcast_variables(variables: Iterable[Any], communicator: Communicator) -> None:
+def broadcast_variables(variables: Iterable[Any], communicator: Group) -> None:
     """Overwrite variables with the chief's values.
 
     Parameters
     ----------
     variables : iterable of keras.Variable
         The same list, shapes and dtypes on every rank.
-    communicator : Communicator
+    communicator : Group
     """
     if communicator.size == 1:
         return
@@ -61,7 +62,7 @@ def state_variables(model: Any) -> list[Any]:
     return [v for v in model.non_trainable_variables if id(v) not in seeds]
 
 
-def average_state(model: Any, weight: float, communicator: Communicator) -> None:
+def average_state(model: Any, weight: float, communicator: Group) -> None:
     """Make non-trainable state equal on all ranks.
 
     Parameters
@@ -69,7 +70,7 @@ def average_state(model: Any, weight: float, communicator: Communicator) -> None
     model : keras.Model
     weight : float
         This rank's rows by the rows of all ranks; the weights of all ranks add up to 1.
-    communicator : Communicator
+    communicator : Group
 
     Notes
     -----
@@ -91,13 +92,13 @@ def average_state(model: Any, weight: float, communicator: Communicator) -> None
         variable.assign(chiefs.reshape(mine.shape))
 
 
-def keep_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> None:
+def keep_accumulated(optimizers: Iterable[Any], communicator: Group) -> None:
     """Forget what optimizers have accumulated, but on the chief: ranks that have its state would count it anew."""
     for variable in _accumulators(optimizers) if communicator.rank else ():
         variable.assign(np.zeros(variable.shape, variable.dtype))
 
 
-def sum_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> None:
+def sum_accumulated(optimizers: Iterable[Any], communicator: Group) -> None:
     """Hand the chief the sum over the ranks of what optimizers have accumulated since their last update.
 
     The sum over all ranks stays what it was, and a model that the chief saves holds all of it.
@@ -113,12 +114,12 @@ def sum_accumulated(optimizers: Iterable[Any], communicator: Communicator) -> No
 
 
 def _accumulators(optimizers: Iterable[Any]) -> list[Any]:
-    accumulating = [o for o in optimizers if getattr(o, "gradient_accumulation_steps", None)]
     # One that is not built yet has none.
-    return [v for o in accumulating for v in getattr(o, "_accumulated_gradients", ()) if v is not None]
+    found = [getattr(accumulating(o), "_accumulated_gradients", ()) for o in optimizers]
+    return [variable for variables in found for variable in variables if variable is not None]
 
 
-def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> None:
+def sum_metric_states(metrics: Sequence[Any], communicator: Group) -> None:
     """Add up the states of Keras metrics over the ranks, in place.
 
     Keras's metrics keep sums (totals and counts, confusion matrices), so that the result of the summed states is the
@@ -128,7 +129,7 @@ def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> Non
     ----------
     metrics : sequence of keras.metrics.Metric
         The same on every rank, built.
-    communicator : Communicator
+    communicator : Group
     """
     if communicator.size == 1:
         return
@@ -148,13 +149,13 @@ def sum_metric_states(metrics: Sequence[Any], communicator: Communicator) -> Non
             start += value.size
 
 
-def common_names(names: Iterable[str], communicator: Communicator) -> list[str]:
+def common_names(names: Iterable[str], communicator: Group) -> list[str]:
     """Return the names that any rank has, in the order of the first rank that has them; equal on all ranks."""
     everyones = communicator.all_gather_bytes(json.dumps(list(names)).encode())
     return list(dict.fromkeys(name for theirs in everyones for name in json.loads(theirs)))
 
 
-def mean_of_logs(logs: Mapping[str, Any], weight: float, communicator: Communicator) -> dict[str, Any]:
+def mean_of_logs(logs: Mapping[str, Any], weight: float, communicator: Group) -> dict[str, Any]:
     """Row-weighted mean over the ranks of logs that no metric stands behind.
 
     Parameters
@@ -163,7 +164,7 @@ def mean_of_logs(logs: Mapping[str, Any], weight: float, communicator: Communica
         This rank's logs; ranks may have different ones (a rank without validation rows has none).
     weight : float
         This rank's rows behind the logs; a rank with 0 does not count.
-    communicator : Communicator
+    communicator : Group
 
     Returns
     -------
@@ -181,7 +182,7 @@ def mean_of_logs(logs: Mapping[str, Any], weight: float, communicator: Communica
     return {name: mean if np.ndim(mean) else float(mean) for name, mean in means.items()}
 
 
-def check_drift(variables: Sequence[Any], communicator: Communicator, epoch: int) -> None:
+def check_drift(variables: Sequence[Any], communicator: Group, epoch: int) -> None:
     """Compare a hash of each variable over the ranks.
 
     Raises

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from sparktf.data.batches import StepPlan
 from sparktf.distribute.build import build_model
-from sparktf.distribute.fit import FitReport, FitSettings, RankRows, fit_rank
+from sparktf.distribute.fit import FitReport, FitSettings, RankRows
+from sparktf.distribute.lockstep import fit_rank
 from sparktf.transport import Communicator
 from sparktf.transport.testing import run_threads
 
@@ -70,29 +71,38 @@ def by_ranks(make: Make, task: Task, timeout: float = 30.0) -> list[Any]:
     """Fit on all ranks; return each rank's `Fitted`, or what it raised."""
 
     def main(communicator: Communicator) -> Fitted:
-        rank = communicator.rank
-        model = fresh(make)
-        mine = _rows(task.data, _places(task.rows)[rank])
-        build_model(model, next(iter(_dataset([_rows(task.data, slice(0, 0))]))))
-        held_out = None
-        if task.held_out is not None:
-            part = _rows(task.held_out, _places(task.held_out_rows)[rank])
-            held_out = _dataset(_batches(part, task.held_out_rows[rank], task.batch_size), like=part)
-
-        def training(order: Callable[[], np.ndarray], steps: int) -> tf.data.Dataset:
-            def epoch() -> Any:
-                permuted = _rows(mine, order())
-                for step in range(steps):
-                    yield _rows(permuted, slice(step * task.batch_size, (step + 1) * task.batch_size))
-
-            return _dataset(epoch, like=mine, steps=steps)
-
+        model, given = prepared(make, task, communicator.rank)
         settings = FitSettings(batch_size=task.batch_size, epochs=task.epochs, shuffle=False, seed=task.seed)
-        rows = RankRows(task.rows, task.held_out_rows or (0,) * len(task.rows))
-        report = fit_rank(model, communicator, rows, training, held_out, settings, task.callbacks(rank))
+        report = fit_rank(model, communicator, rows_of(task), *given, settings, task.callbacks(communicator.rank))
         return Fitted(model, report)
 
     return run_threads("tcp", len(task.rows), main, timeout=timeout)
+
+
+def prepared(make: Make, task: Task, rank: int) -> tuple[keras.Model, tuple[Any, Any]]:
+    """Return a rank's model, and its training and validation data as a fit takes them."""
+    model = fresh(make)
+    mine = _rows(task.data, _places(task.rows)[rank])
+    build_model(model, next(iter(_dataset([_rows(task.data, slice(0, 0))]))))
+    held_out = None
+    if task.held_out is not None:
+        part = _rows(task.held_out, _places(task.held_out_rows)[rank])
+        held_out = _dataset(_batches(part, task.held_out_rows[rank], task.batch_size), like=part)
+
+    def training(order: Callable[[], np.ndarray], steps: int) -> tf.data.Dataset:
+        def epoch() -> Any:
+            permuted = _rows(mine, order())
+            for step in range(steps):
+                yield _rows(permuted, slice(step * task.batch_size, (step + 1) * task.batch_size))
+
+        return _dataset(epoch, like=mine, steps=steps)
+
+    return model, (training, held_out)
+
+
+def rows_of(task: Task) -> RankRows:
+    """Return every rank's rows."""
+    return RankRows(task.rows, task.held_out_rows or (0,) * len(task.rows))
 
 
 def by_one_process(make: Make, task: Task, callbacks: Sequence[Any] = ()) -> Fitted:
@@ -117,6 +127,14 @@ def by_one_process(make: Make, task: Task, callbacks: Sequence[Any] = ()) -> Fit
 def assert_as_one_process(make: Make, task: Task, rtol: float = 2e-5, atol: float = 2e-6) -> list[Fitted]:
     """Check the promise of synchronous training: equal ranks, and one process's weights and history."""
     ranks = by_ranks(make, task)
+    assert_equal_to_one_process(ranks, make, task, rtol, atol)
+    return ranks
+
+
+def assert_equal_to_one_process(
+    ranks: list[Any], make: Make, task: Task, rtol: float = 2e-5, atol: float = 2e-6
+) -> None:
+    """Check that ranks are equal, and have one process's weights and history."""
     assert_ranks_agree(ranks)
     one = by_one_process(make, task)
     before = fresh(make)
@@ -130,7 +148,6 @@ def assert_as_one_process(make: Make, task: Task, rtol: float = 2e-5, atol: floa
     assert set(ranks[0].report.history) == set(one.report.history)
     for name, values in one.report.history.items():
         np.testing.assert_allclose(ranks[0].report.history[name], values, rtol=10 * rtol, atol=10 * atol, err_msg=name)
-    return ranks
 
 
 def assert_ranks_agree(ranks: Sequence[Any]) -> None:

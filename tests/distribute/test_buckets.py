@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import keras
 import ml_dtypes
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparktf.distribute.buckets import ALIGN_BYTES, plan_buckets, sum_dtype
+from sparktf.distribute.buckets import ALIGN_BYTES, gradient_bytes, plan_buckets, sum_dtype
 
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16)])
 GRADIENTS = st.lists(st.tuples(DTYPES, st.integers(0, 3000)), max_size=12)
@@ -47,3 +48,10 @@ def test_the_last_variables_gradients_leave_first_in_a_small_bucket() -> None:
 def test_a_model_without_dense_gradients_has_one_bucket_for_the_wish_to_stop() -> None:
     (bucket,) = plan_buckets([], 1, 1)
     assert (bucket.places, bucket.size) == ((), 0)
+
+
+def test_the_size_of_a_models_gradients_is_known_once_it_is_built() -> None:
+    model = keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
+    assert gradient_bytes(None) == gradient_bytes(model) == 0
+    model.build((None, 3))
+    assert gradient_bytes(model) == 4 * (3 * 4 + 4 + 2 * 4)

@@ -98,8 +98,8 @@ def test_weights_that_are_bfloat16_themselves_are_reduced() -> None:
     assert ranks[0].model.trainable_variables[0].dtype == "bfloat16"
 
 
-def scaled() -> keras.Model:
-    inner = keras.optimizers.SGD(0.1)
+def scaled(accumulate: int | None = None) -> keras.Model:
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulate)
     return half("mixed_float16", keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0))
 
 
@@ -107,13 +107,18 @@ def test_loss_scaling_trains_as_one_process() -> None:
     assert_as_one_process(scaled, REGRESSION, rtol=0.02, atol=0.01)
 
 
-def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step() -> None:
+@pytest.mark.parametrize("accumulate", [None, 3])
+def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step(accumulate: int | None) -> None:
     labels = Y.copy()
     labels[16] = np.inf  # the second rank's first batch
-    ranks = by_ranks(scaled, Task((X[:19], labels[:19]), UNEVEN, epochs=1))
+    task = Task((X[:19], labels[:19]), UNEVEN, epochs=1)
+    ranks = by_ranks(lambda: scaled(accumulate), task)
     assert_ranks_agree(ranks)
+    before = weights(fresh(scaled))
+    assert any(not np.array_equal(v, w) for v, w in zip(weights(ranks[0].model), before, strict=True))
     for rank in ranks:
-        assert int(rank.model.optimizer.iterations.numpy()) == 3  # of 4 steps
+        # Of 4 steps; Keras counts updates.
+        assert int(rank.model.optimizer.iterations.numpy()) == 3 // (accumulate or 1)
         assert float(rank.model.optimizer.dynamic_scale.numpy()) == 512.0
         assert all(np.isfinite(value).all() for value in weights(rank.model))
 
@@ -580,6 +585,8 @@ def test_an_error_on_one_rank_reaches_the_others_with_its_words() -> None:
     assert type(first).__name__ == "PeerLostError"
     assert first.peer == 1
     assert "no such thing" in first.reason
+    # Peer, operation and step.
+    assert str(first).startswith("epoch 1, step 2: all_reduce (operation ")
 
 
 def test_a_checkpoint_in_the_middle_of_a_fit_is_a_plain_model_of_the_chief(tmp_path: Any) -> None:

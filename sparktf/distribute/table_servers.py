@@ -1,0 +1,245 @@
+"""Tables whose rows are spread over parameter servers, updated as workers' gradients arrive."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from sparktf.distribute import table_service as service
+from sparktf.distribute.client import naming_server
+from sparktf.distribute.pair import SERVER, WORKER, receive_bytes, send_bytes
+from sparktf.distribute.sparse_optimizers import Array, SparseOptimizer
+from sparktf.distribute.table import TableShard, TableState
+from sparktf.distribute.table_access import LocalTable, TableAccess
+from sparktf.distribute.table_fit import kept, tables_of
+from sparktf.distribute.table_service import SyncedShard, TableService
+from sparktf.errors import PeerLostError, SparktfError
+from sparktf.transport import Communicator
+
+
+class FreeShard(SyncedShard):
+    """A shard that is updated by each push as it comes. Any thread may call."""
+
+    def wait(self, clock: int) -> None:
+        """Return at once: nobody waits for updates of others."""
+        with self._news:
+            if self._failure is not None:
+                raise self._failure
+
+    def push(self, rank: int, ids: Array, gradients: Array, rate: float) -> None:
+        """Apply a worker's gradients. Of the learning rates each worker's own counts."""
+        with self._news:
+            self.shard.update(ids, gradients, rate)
+            self.version += 1
+
+
+class ServedTables(TableService):
+    """A parameter server's parts of a model's tables, for as long as workers ask.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled; its tables are where training starts.
+    optimizer : keras.optimizers.Optimizer
+        The model's.
+    server, servers : int
+        This server's number, and how many there are.
+    communicators : sequence of Communicator
+        One with each worker, of `table_link`; they belong to it from now on.
+    together : bool
+        Updates are made once all workers have pushed.
+    timeout : float
+        Seconds for which a worker may wait for others where updates are made together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        server: int,
+        servers: int,
+        communicators: Sequence[Communicator],
+        together: bool,
+        timeout: float,
+    ) -> None:
+        kind = SyncedShard if together else FreeShard
+        shards = [
+            kind(_part_of(layer, optimizer, server, servers), len(communicators), timeout) for layer in tables_of(model)
+        ]
+        super().__init__(shards, dict(enumerate(communicators)))
+
+    def _fail(self, rank: int, error: SparktfError) -> None:
+        if not isinstance(error, PeerLostError):
+            super()._fail(rank, error)
+            return
+        # The others go on without it.
+        self._communicators[rank].abort(error.reason or str(error))
+        try:
+            for shard in self._shards:
+                shard.leave(rank)
+        except BaseException as failure:  # leaving may complete a round of pushes, and applying it may fail
+            super()._fail(rank, service.not_the_peers(rank, failure))
+
+
+class ServedTable(TableAccess):
+    """A table of which each parameter server owns a part.
+
+    Parameters
+    ----------
+    links : sequence of Communicator
+        One with each server, of `table_link`.
+    lock : threading.Lock
+        Of all tables of the links.
+    number : int
+        Of the table in the model.
+    before : TableAccess
+        What it takes the place of.
+    """
+
+    def __init__(self, links: Sequence[Communicator], lock: Any, number: int, before: TableAccess) -> None:
+        super().__init__(before.spec, before.name)
+        self._links, self._lock, self._number = links, lock, number
+        self._places = service.place_dtype(self.spec.rows, len(links))
+        self._started = before.updates
+        self._clock = 0
+
+    def _use(self, optimizer: SparseOptimizer) -> None:
+        """Do nothing: servers know the model's optimizer."""
+
+    @property
+    def updates(self) -> int:
+        """The table's updates so far, as far as this worker has made them."""
+        return self._started + self._clock
+
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds so far of all tables of the links, told by the first of them."""
+        return sum(link.stats.seconds for link in self._links) if self._number == 0 else 0.0
+
+    def _lookup(self, ids: Array, out: Array) -> Array:
+        with self._lock:
+            asked = []
+            for server, places in enumerate(service.split_by_owner(ids, len(self._links))):
+                # A server that has nothing to tell is not asked.
+                if len(places):
+                    with naming_server(server):
+                        self._ask(server, service.LOOKUP, len(places))
+                        self._links[server].send(service.SERVES, self._placed(ids[places]))
+                    asked.append((server, places))
+            for server, places in asked:
+                rows = self._buffers.take(len(places), self.spec.dim)
+                with naming_server(server):
+                    out[places] = self._links[server].recv(service.SERVES, rows)
+        return out
+
+    def _update(self, ids: Array, gradients: Array, rate: float) -> None:
+        with self._lock:
+            for server, places in enumerate(service.split_by_owner(ids, len(self._links))):
+                part = self._buffers.take(len(places), self.spec.dim)
+                np.take(gradients, places, axis=0, out=part, mode="clip")
+                with naming_server(server):
+                    self._ask(server, service.PUSH, len(places), rate)
+                    self._links[server].send(service.SERVES, self._placed(ids[places]))
+                    self._links[server].send(service.SERVES, part)
+            self._clock += 1
+
+    def pieces(self) -> Iterator[TableState]:
+        """Yield the whole table's state, one server's after another's."""
+        with self._lock:
+            for server in range(len(self._links)):
+                with naming_server(server):
+                    self._ask(server, service.STATE)
+                    yield from service.receive_pieces(self._links[server], service.SERVES, self.spec.dim)
+
+    def load(self, pieces: Iterable[TableState]) -> None:
+        """Set the whole table, on all servers."""
+        whole = list(pieces)
+        for piece in whole:
+            piece.check(self.spec)
+        with self._lock:
+            for server in range(len(self._links)):
+                parts = (piece.part(server, len(self._links)) for piece in whole)
+                with naming_server(server):
+                    self._ask(server, service.LOAD)
+                    service.load_pieces(self._links[server], parts)
+
+    def _ask(self, server: int, kind: int, count: int = 0, rate: float = 0.0) -> None:
+        request = service.request(kind, self._number, self._clock, count, rate)
+        self._links[server].send(service.SERVES, request)
+
+    def _placed(self, ids: Array) -> Array:
+        return (ids // len(self._links)).astype(self._places)
+
+
+@contextmanager
+def tables_at_servers(model: Any, links: Sequence[Communicator], share: Callable[[], Any]) -> Iterator[None]:
+    """Let a model's tables be those of the servers; they stay so.
+
+    Parameters
+    ----------
+    model : keras.Model
+    links : sequence of Communicator
+    share : callable
+        Returns, while a step is traced, what this worker's gradients count.
+    """
+    layers = tables_of(model)
+    lock = threading.RLock()
+    for number, layer in enumerate(layers):
+        layer.access = ServedTable(links, lock, number, layer.access)
+        layer.weigh_by(share)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.weigh_by(None)
+
+
+def bring_back_tables(model: Any) -> None:
+    """Give a model the whole tables that the servers hold: in memory where they are small, else in mapped files."""
+    for layer in tables_of(model):
+        spec, optimizer = layer.spec, layer.access.optimizer
+        slots = 0 if optimizer is None else len(optimizer.slots)
+        # As if all rows had been touched.
+        state = kept(layer.access, spec.rows * spec.dim * 4 * (1 + slots))
+        layer.access = LocalTable(spec, layer.name)
+        layer.access.load(state)
+
+
+def leave_tables(links: Sequence[Communicator]) -> None:
+    """Tell servers that this worker asks no more; then close the links."""
+    for link in links:
+        link.send(service.SERVES, service.request(service.LEAVE))
+        link.close()
+
+
+def table_link(pair: Communicator, timeout: float) -> Communicator:
+    """Connect a worker and a server once more, for their tables; both call this.
+
+    Parameters
+    ----------
+    pair : Communicator
+        The two's.
+    timeout : float
+        Seconds for which this side waits for the other.
+    """
+
+    def exchange(payload: bytes) -> list[bytes]:
+        if pair.rank == WORKER:
+            send_bytes(pair, SERVER, payload)
+            return [payload, receive_bytes(pair, SERVER)]
+        theirs = receive_bytes(pair, WORKER)
+        send_bytes(pair, WORKER, payload)
+        return [theirs, payload]
+
+    return pair.another(rank=pair.rank, size=2, exchange=exchange, timeout=timeout)
+
+
+def _part_of(layer: Any, optimizer: Any, server: int, servers: int) -> TableShard:
+    shard = TableShard(layer.spec, server, servers)
+    shard.load(layer.access.pieces())
+    shard.use(layer.trained_by(optimizer))
+    return shard

@@ -1,0 +1,94 @@
+"""Tables on parameter servers: updates of one process without staleness, and learning with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from groups import Task, assert_ranks_agree, by_one_process, weights
+from paces import by_workers
+
+from sparktf.distribute import ShardedEmbedding
+from sparktf.distribute.table import TableShard
+from sparktf.errors import PeerLostError
+
+_RANDOM = np.random.default_rng(7)
+IDS = _RANDOM.integers(0, 50, size=(60, 3))
+Y = (IDS % 7 == 3).sum(axis=1, keepdims=True).astype("float32")
+
+
+def recommender(optimizer: Callable[[], Any]) -> keras.Model:
+    table = ShardedEmbedding(1000, 4, seed=3, name="table")
+    layers = [keras.Input((3,), dtype="int64"), table, keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer(), "mse")
+    return model
+
+
+def rows(model: keras.Model) -> np.ndarray:
+    return np.array(model.get_layer("table").access.lookup(np.arange(60)))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam"])
+def test_without_staleness_tables_are_those_of_one_process(name: str) -> None:
+    def make() -> keras.Model:
+        return recommender(lambda: getattr(keras.optimizers, name)(0.05))
+
+    task = Task((IDS[:38], Y[:38]), (25, 13), epochs=2)
+    done = by_workers(make, task, servers=2, max_staleness=0).raise_first()
+    assert_ranks_agree(done.workers)
+    one = by_one_process(make, task)
+    (saver,) = done.savers
+    trained = done.workers[saver].model
+    for ours, theirs in zip(weights(trained), weights(one.model), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(rows(trained), rows(one.model), rtol=2e-5, atol=2e-6)
+    assert np.abs(rows(one.model) - rows(make())).max() > 1e-2
+
+
+def test_tables_learn_at_each_workers_own_pace() -> None:
+    def make() -> keras.Model:
+        return recommender(lambda: keras.optimizers.Adagrad(0.3))
+
+    task = Task((IDS, Y), (30, 20, 10), epochs=20, held_out=(IDS, Y), held_out_rows=(20, 0, 40))
+    done = by_workers(make, task, servers=2).raise_first()
+    history = done.workers[0].report.history["val_loss"]
+    assert history[-1] < 0.1 * np.var(Y)
+
+
+class _Failing(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise RuntimeError("it breaks")
+
+
+@pytest.mark.parametrize("max_staleness", [None, 0])
+def test_tables_are_trained_on_without_a_worker_that_is_lost(max_staleness: int | None) -> None:
+    def make() -> keras.Model:
+        return recommender(lambda: keras.optimizers.SGD(0.05))
+
+    task = Task((IDS, Y), (20, 20, 20), epochs=3, callbacks=lambda worker: [_Failing()] if worker == 0 else [])
+    done = by_workers(make, task, max_staleness=max_staleness)
+    assert "it breaks" in str(done.workers[0])
+    assert done.savers == [1]
+    assert len(done.workers[1].report.history["loss"]) == 3
+    assert np.abs(rows(done.workers[1].model) - rows(make())).max() > 1e-2
+
+
+@pytest.mark.parametrize("max_staleness", [None, 0])
+def test_a_server_that_fails_by_itself_ends_the_fit_of_all_workers_with_its_words(
+    monkeypatch: pytest.MonkeyPatch, max_staleness: int | None
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ValueError("no such slot")
+
+    monkeypatch.setattr(TableShard, "update", broken)
+    task = Task((IDS, Y), (30, 30), epochs=1)
+    done = by_workers(lambda: recommender(lambda: keras.optimizers.SGD(0.05)), task, max_staleness=max_staleness)
+    for outcome in done.workers:
+        assert isinstance(outcome, PeerLostError), outcome
+        assert "parameter server 0" in str(outcome)
+        assert "ValueError: no such slot" in str(outcome)
