@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sparktf.cluster.start import never_started
 from sparktf.errors import ClusterError, NodeError, ParamError, SlotsError, SparktfError, own_error
 
 # Of gRPC, as Spark sets it on both sides (spark.connect.grpc.maxInboundMessageSize), less a margin for the query plan.
@@ -57,13 +58,7 @@ class StartWatch:
 
     def error(self) -> SlotsError | None:
         """Return why the job was ended; None where it was not."""
-        if not self._ended:
-            return None
-        return SlotsError(
-            f"Expected {self._nodes} free task slots, one for each of numWorkers={self._nodes}; no node has started "
-            f"within timeout={self._seconds:g} s. Use fewer workers, give the cluster more executors or cores, or, "
-            "where other jobs hold them, wait longer (timeout)."
-        )
+        return never_started(self._nodes, self._seconds) if self._ended else None
 
 
 @contextlib.contextmanager
@@ -95,8 +90,13 @@ def result_limit(spark: Any) -> int | None:
     return int(number) * _UNITS[unit] or None
 
 
-def check_returnable(nbytes: int, limit: int | None) -> None:
-    """Check that a model can come back as rows of the result.
+def check_returnable(
+    nbytes: int,
+    limit: int | None,
+    what: str = "a trained model with its optimizer's state",
+    fix: str = "take an optimizer with less state",
+) -> None:
+    """Check that something can come back as rows of the result.
 
     Parameters
     ----------
@@ -104,6 +104,8 @@ def check_returnable(nbytes: int, limit: int | None) -> None:
         Of the model, its optimizer's state included.
     limit : int or None
         See `result_limit`.
+    what, fix : str
+        What it is and how to make it smaller, for the message.
 
     Raises
     ------
@@ -111,10 +113,10 @@ def check_returnable(nbytes: int, limit: int | None) -> None:
     """
     if limit is not None and nbytes * _WRAPPING + _REPORT_BYTES > limit:
         raise ClusterError(
-            f"Expected a trained model of less than {limit:,} bytes, which is spark.driver.maxResultSize; received "
-            f"one of {nbytes:,} bytes with its optimizer's state. Where the driver cannot be reached (Spark Connect) "
-            "a model comes back as a result. Start the Connect server with a larger spark.driver.maxResultSize (0: "
-            "any size), take an optimizer with less state, or fit on a classic session."
+            f"Expected {what} of less than {limit:,} bytes, which is spark.driver.maxResultSize; received one of "
+            f"{nbytes:,} bytes. Where the driver cannot be reached (Spark Connect) it comes back as Spark's result. "
+            f"Start the Connect server with a larger spark.driver.maxResultSize (0: any size), {fix}, or use a classic "
+            "session."
         )
 
 
@@ -132,7 +134,7 @@ def check_message(nbytes: int) -> None:
     """
     if nbytes > MESSAGE_BYTES:
         raise ParamError(
-            f"modelFn, callbacks and custom objects: expected at most {MESSAGE_BYTES:,} bytes together when pickled, "
-            f"for Spark Connect takes no message over 128 MiB; received {nbytes:,}. Load large data inside modelFn "
-            "from a file, or give the model itself (model=...), which is uploaded in pieces."
+            f"modelFn, callbacks and custom objects, or main and args: expected at most {MESSAGE_BYTES:,} bytes "
+            f"together when pickled, for Spark Connect takes no message over 128 MiB; received {nbytes:,}. Load large "
+            "data on the nodes, from a file. A model itself (model=...) is uploaded in pieces."
         )

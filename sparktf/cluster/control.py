@@ -1,7 +1,7 @@
-"""The control connection: how nodes tell the driver of progress, of their first error, and of the finished model.
+"""The control connection: how nodes tell the driver of progress, of their first error, and of what they have made.
 
-One connection a node, opened by the node, authenticated with the job's secret. What comes over it is JSON and, from the
-chief, the model's bytes into a file; nothing is ever unpickled.
+One connection a node, opened by the node, authenticated with the job's secret. What comes over it is JSON and the bytes
+of a file, such as the chief's model; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from sparktf.errors import TransportError
 from sparktf.transport.framing import send_frame
@@ -21,8 +21,8 @@ from sparktf.transport.handshake import initiate
 
 _LOG = logging.getLogger("sparktf.cluster")
 
-PROGRESS, ERROR, MODEL, MODEL_END, DONE = range(1, 6)
-# Of a model; a frame must fit in memory on both sides and be large enough that its header does not count.
+PROGRESS, ERROR, FILE, FILE_END, DONE = range(1, 6)
+# Of a file; a frame must fit in memory on both sides and be large enough that its header does not count.
 CHUNK_BYTES = 4 << 20
 HANDSHAKE_SECONDS = 10.0
 # A node that cannot tell the driver something in this time goes on without.
@@ -86,12 +86,11 @@ class ControlClient:
         fields = {"kind": kind, "message": message[-100_000:], "traceback": traceback[-1_000_000:]}
         self._send(ERROR, json.dumps(fields).encode())
 
-    def send_model(self, path: str) -> bool:
-        """Send a file as the trained model; return whether the driver has it."""
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                self._send(MODEL, chunk)
-        self._send(MODEL_END, b"")
+    def send_file(self, file: BinaryIO) -> bool:
+        """Send what this node has for the driver, one file; return whether the driver has it."""
+        while chunk := file.read(CHUNK_BYTES):
+            self._send(FILE, chunk)
+        self._send(FILE_END, b"")
         return self.connected
 
     def close(self) -> None:

@@ -8,12 +8,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from sparktf.cluster.control import CHUNK_BYTES, DONE, ERROR, HANDSHAKE_SECONDS, MODEL, MODEL_END, PROGRESS
+from sparktf.cluster.control import CHUNK_BYTES, DONE, ERROR, FILE, FILE_END, HANDSHAKE_SECONDS, PROGRESS
 from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError, own_error
 from sparktf.transport.framing import recv_frame
 from sparktf.transport.handshake import accept
@@ -51,8 +51,8 @@ class ControlServer:
         The job's.
     job_id : str
     world_size : int
-    model_path : str
-        File that the chief's model is written to.
+    file_paths : mapping of int to str
+        Where to write the file that a rank may send: the chief's model, or what a program returned.
     on_progress : callable
         ``on_progress(rank, dict)``, called from this server's threads.
     on_failure : callable
@@ -67,29 +67,34 @@ class ControlServer:
         secret: bytes,
         job_id: str,
         world_size: int,
-        model_path: str,
+        file_paths: Mapping[int, str],
         on_progress: Callable[[int, dict[str, Any]], None],
         on_failure: Callable[[], None],
         timeout: float,
     ) -> None:
         self._secret, self._job_id, self._world_size = secret, job_id, world_size
-        self._model_path = model_path
+        self._file_paths = file_paths
         self._on_progress, self._on_failure = on_progress, on_failure
         self._timeout = timeout
         self._lock = threading.Condition()
         self._failures: list[NodeFailure] = []
-        self._model_done = False
+        self._files: set[int] = set()
+        self._heard_from: set[int] = set()
         self._closed = False
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server((host, 0), backlog=world_size + 8)
         self.port: int = self._listener.getsockname()[1]
+        # The first of the threads: the others each serve a node.
         self._start(self._accept_all, "control-accept")
 
-    @property
-    def model_received(self) -> bool:
-        """Whether the chief's model is complete at `model_path`."""
-        return self._model_done
+    def received(self, rank: int) -> bool:
+        """Tell whether a rank's file is complete."""
+        return rank in self._files
+
+    def heard_from_a_node(self) -> bool:
+        """Tell whether any node has come so far."""
+        return bool(self._heard_from)
 
     def failure(self, wait: float = 0.0) -> NodeFailure | None:
         """Return the failure that came first and is not about another node's.
@@ -108,6 +113,12 @@ class ControlServer:
             primary = [f for f in self._failures if not _secondary(f)]
             candidates = primary or self._failures
             return candidates[0] if candidates else None
+
+    def listen_to_the_end(self, seconds: float) -> None:
+        """Wait until what nodes sent before they left has been read, for nodes whose tasks have ended."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads[1:]:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Close every connection and end the threads. May be called twice."""
@@ -158,11 +169,11 @@ class ControlServer:
                 # Strangers and nodes of other jobs; a node of ours goes on without a control connection.
                 _LOG.warning("refused a control connection: %s", error)
                 return
+            self._heard_from.add(rank)
             try:
                 self._listen(connection, rank)
             except TransportTimeoutError:
-                message = f"no progress for {self._timeout} s (timeout): its process is stopped, or its program hangs"
-                self._fail(NodeFailure(rank, "", message, ""))
+                self._fail(self._silent(rank))
             except TransportError:
                 # The node vanished: a node that leaves in good order says so first.
                 if not self._closed:
@@ -170,7 +181,15 @@ class ControlServer:
                         NodeFailure(rank, "", "its process ended without a word (killed, perhaps for its memory)", "")
                     )
             except OSError as error:
-                self._fail(NodeFailure(rank, "", f"its model could not be written on the driver: {error}", ""))
+                self._fail(NodeFailure(rank, "", f"its file could not be written on the driver: {error}", ""))
+
+    def _silent(self, rank: int) -> NodeFailure:
+        if missing := sorted(set(range(self._world_size)) - self._heard_from):
+            # Likely what this one waits for.
+            message = f"it has not come up: not a word from it for {self._timeout} s (timeout)"
+            return NodeFailure(missing[0], "", message, "")
+        message = f"no progress for {self._timeout} s (timeout): its process is stopped, or its program hangs"
+        return NodeFailure(rank, "", message, "")
 
     def _admit(self, connection: socket.socket) -> int:
         deadline = time.monotonic() + HANDSHAKE_SECONDS
@@ -190,7 +209,7 @@ class ControlServer:
 
     def _listen(self, connection: socket.socket, rank: int) -> None:
         with contextlib.ExitStack() as stack:
-            model: BinaryIO | None = None
+            file: BinaryIO | None = None
             while True:
                 kind, payload = recv_frame(connection, self._timeout, CHUNK_BYTES)
                 if kind == PROGRESS:
@@ -198,12 +217,12 @@ class ControlServer:
                 elif kind == ERROR:
                     self._fail(NodeFailure(rank, **json.loads(payload)))
                     return
-                elif kind == MODEL and rank == 0:
-                    model = model or stack.enter_context(open(self._model_path, "wb"))
-                    model.write(payload)
-                elif kind == MODEL_END and model is not None:
-                    model.flush()
-                    self._model_done = True
+                elif kind == FILE and rank in self._file_paths:
+                    file = file or stack.enter_context(open(self._file_paths[rank], "wb"))
+                    file.write(payload)
+                elif kind == FILE_END and file is not None:
+                    file.flush()
+                    self._files.add(rank)
                 elif kind == DONE:
                     return
 

@@ -1,4 +1,4 @@
-"""What every node of a training job is told; frozen, and sent with the task through Spark's own channel."""
+"""What every node of a job is told; frozen, and sent with the task through Spark's own channel."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Program:
     feed: Feed
 
 
-@dataclass(frozen=True)
-class TrainJob:
-    """A fit, as every node sees it.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What nodes of every kind are told.
 
     Parameters
     ----------
@@ -81,33 +81,78 @@ class TrainJob:
         Seconds without progress.
     versions : mapping of str to str
         The driver's.
-    settings : FitSettings
     threads : int
         TensorFlow threads of a node; 0: cores by nodes.
     executor_cores : int
         Cores of one executor; 0 where not known.
-    program : bytes
-        A pickled `Program`.
     result_limit : int or None
-        Bytes that a job's result may have, where the trained model is part of it; None for any number.
-    archive : Payload or None
-        None where the program's function makes the model.
+        Bytes that a job's result may have, where large things come back as rows of it; None for any number.
     """
 
     job_id: str
     world_size: int
     secret: bytes = field(repr=False)
-    control: ControlAddress | None
+    control: ControlAddress | None = None
     protocol: str
     compression: str
     timeout: float
     versions: Mapping[str, str]
-    settings: FitSettings
     threads: int
     executor_cores: int
-    program: bytes = field(repr=False)
     result_limit: int | None = None
+
+    @property
+    def transport(self) -> str:
+        """The protocol of the tasks' communicator."""
+        return "auto" if self.protocol == GRPC else self.protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(Job):
+    """A fit, as every node sees it.
+
+    Parameters
+    ----------
+    settings : FitSettings
+    program : bytes
+        A pickled `Program`.
+    archive : Payload or None
+        None where the program's function makes the model.
+    log_dir : str or None
+        Where the chief logs for TensorBoard.
+    tensorboard : bool
+        Run the server beside the chief.
+    gradient_bytes : int
+        Of all gradients of one step; 0 where the driver cannot know, as the model is made or built on the nodes.
+    num_ps : int
+        Parameter servers: the last ranks. 0: workers train in lockstep.
+    max_staleness : int or None
+        As for `sparktf.distribute.client.ParameterClient`.
+    """
+
+    settings: FitSettings
+    program: bytes = field(repr=False)
     archive: Payload | None = field(repr=False, default=None)
+    log_dir: str | None = None
+    tensorboard: bool = False
+    gradient_bytes: int = 0
+    num_ps: int = 0
+    max_staleness: int | None = None
+
+    @property
+    def workers(self) -> range:
+        """The ranks that have rows."""
+        return range(self.num_workers)
+
+    @property
+    def servers(self) -> range:
+        """The ranks of the parameter servers."""
+        return range(self.num_workers, self.world_size)
+
+    @property
+    def num_workers(self) -> int:
+        """The nodes that have rows: the first ranks."""
+        return self.world_size - self.num_ps
 
     @property
     def over_grpc(self) -> bool:
@@ -115,11 +160,6 @@ class TrainJob:
         return self.protocol == GRPC and self.world_size > 1
 
     @property
-    def transport(self) -> str:
-        """The communicator's protocol."""
-        return "auto" if self.protocol == GRPC else self.protocol
-
-    @property
     def small_model(self) -> bool:
         """Whether the model is known to fit one bucket of gradients; on the driver and in a node."""
-        return self.archive is not None and 0 < self.archive.message_bytes <= FIRST_BYTES
+        return 0 < self.gradient_bytes <= FIRST_BYTES

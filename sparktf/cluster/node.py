@@ -1,4 +1,4 @@
-"""The barrier task of a fit: rendezvous, spool, train, and the result as rows."""
+"""The barrier task of a node: rendezvous, what the node does (for a fit: spool and train), and the result as rows."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pyspark import cloudpickle
 
 from sparktf.cluster.child import train_in_child
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
-from sparktf.cluster.job import GRPC, Program, TrainJob
+from sparktf.cluster.fit_logs import FitLogs
+from sparktf.cluster.job import GRPC, Job, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
+from sparktf.cluster.serving import train_asynchronously
 from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import op_threads, start_tensorflow, threads_for
 from sparktf.cluster.training import archive_file, make_model, train
+from sparktf.data.spool import Spool
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator, connect
@@ -38,16 +41,39 @@ _FITS, _NEEDS_CHILD = b"fits", b"child"
 
 Exchange = Callable[[bytes], list[bytes]]
 Result = tuple[str, int, bytes]
+AnyJob = TypeVar("AnyJob", bound=Job)
+# From the partition, the job, the tasks' communicator, the control connection, this node's host and its threads to the
+# rows of the result.
+Work = Callable[[Iterable[Any], AnyJob, Communicator, ControlClient, str, int], list[Result]]
 
 
 def train_task(batches: Iterable[Any], job: TrainJob) -> Iterator[Any]:
-    """Run one node in a barrier task; the function that `mapInArrow` calls.
+    """Train, as one node of a fit; the function that `mapInArrow` calls.
 
     Parameters
     ----------
     batches : iterable of pyarrow.RecordBatch
         The partition.
     job : TrainJob
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        Of `RESULT_SCHEMA`: a report from every rank, and the model from the chief where the driver could not be told.
+    """
+    yield from barrier_task(batches, job, _train)
+
+
+def barrier_task(batches: Iterable[Any], job: AnyJob, work: Work[AnyJob]) -> Iterator[Any]:
+    """Run one node in the barrier task that calls this.
+
+    Parameters
+    ----------
+    batches : iterable of pyarrow.RecordBatch
+        The partition.
+    job : Job
+    work : callable
+        What the node does, once all have met.
 
     Yields
     ------
@@ -64,36 +90,37 @@ def train_task(batches: Iterable[Any], job: TrainJob) -> Iterator[Any]:
 
     addresses = [info.address for info in context.getTaskInfos()]
     rank = context.partitionId()
-    yield from run_node(batches, job, rank, exchange, addresses)
+    yield from run_node(batches, job, rank, exchange, addresses, work)
 
 
 def run_node(
-    batches: Iterable[Any], job: TrainJob, rank: int, exchange: Exchange, addresses: list[str]
+    batches: Iterable[Any], job: AnyJob, rank: int, exchange: Exchange, addresses: list[str], work: Work[AnyJob]
 ) -> Iterator[Any]:
     """Run one node, wherever it is.
 
     Parameters
     ----------
     batches : iterable of pyarrow.RecordBatch
-    job : TrainJob
+    job : Job
     rank : int
     exchange : callable
         The rendezvous: gives every rank what all ranks put in. Called once, before anything can fail, for a task that
         fails while another waits in Spark's barrier takes the other's executor with it.
     addresses : list of str
         Each rank's executor: equal for ranks that share one.
+    work : callable
 
     Yields
     ------
     pyarrow.RecordBatch
-        Of `RESULT_SCHEMA`: a report from every rank, and the model from the chief where the driver could not be told.
+        Of `RESULT_SCHEMA`: what `work` returned.
     """
     control = ControlClient.connect(job.control, job.secret, job.job_id, rank)
     if control.connected:
-        # The model goes to the driver as a file.
+        # What is large goes to the driver as a file.
         job = replace(job, result_limit=None)
     try:
-        results = _run(batches, job, rank, exchange, addresses, control)
+        results = _run(batches, job, rank, exchange, addresses, control, work)
     except PeerLostError as error:
         # The driver takes it for the one that counts only where no other rank says more.
         _tell(control, error)
@@ -102,9 +129,13 @@ def run_node(
         # The peer fails its own task; one error is enough for Spark.
         _LOG.info("rank %d leaves: %s", rank, error)
         results = []
-    except BaseException as error:
+    except Exception as error:
         _tell(control, error)
-        raise
+        if not control.connected:
+            raise
+        # The driver raises it; Spark would only add its own stack to the screen.
+        _LOG.info("rank %d failed", rank, exc_info=True)
+        results = []
     finally:
         control.close()
     yield from (_row(rank, *result) for result in results)
@@ -112,16 +143,18 @@ def run_node(
 
 def _tell(control: ControlClient, error: BaseException) -> None:
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
-    control.error(kind, str(error), traceback.format_exc())
+    # Of a program's own process, where the task only heard of it.
+    control.error(kind, str(error), getattr(error, "remote_traceback", "") or traceback.format_exc())
 
 
 def _run(
     batches: Iterable[Any],
-    job: TrainJob,
+    job: AnyJob,
     rank: int,
     exchange: Exchange,
     addresses: list[str],
     control: ControlClient,
+    work: Work[AnyJob],
 ) -> list[Result]:
     peers: list[dict[str, str]] = []
 
@@ -137,14 +170,10 @@ def _run(
     with _connect(job, rank, meet, host) as communicator:
         check_versions(dict(job.versions), peers)
         threads = threads_for(job.threads, job.executor_cores, addresses.count(addresses[rank]))
-        try:
-            return _train(batches, job, communicator, control, host, threads)
-        except RefusedRows as error:
-            # All ranks know it, so none of them has to fail, and Spark nothing to add.
-            return [(REFUSED, 0, str(error).encode())]
+        return work(batches, job, communicator, control, host, threads)
 
 
-def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communicator:
+def _connect(job: Job, rank: int, exchange: Exchange, host: str) -> Communicator:
     return connect(
         job.transport,
         rank=rank,
@@ -159,12 +188,22 @@ def _connect(job: TrainJob, rank: int, exchange: Exchange, host: str) -> Communi
 def _train(
     batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
 ) -> list[Result]:
+    try:
+        return _train_on_rows(batches, job, communicator, control, host, threads)
+    except RefusedRows as error:
+        # All ranks know it, so none of them has to fail, and Spark nothing to add.
+        return [(REFUSED, 0, str(error).encode())]
+
+
+def _train_on_rows(
+    batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
+) -> list[Result]:
     started = time.monotonic()
     available = start_tensorflow(threads, op_threads(threads, job.world_size, job.small_model))
     program: Program = cloudpickle.loads(job.program)
-    chief = communicator.rank == 0
-    report, interval = control.progress, min(_MEET_SECONDS, job.timeout / 4)
-    with registered(program.custom_objects):
+    interval = min(_MEET_SECONDS, job.timeout / 4)
+    with registered(program.custom_objects), FitLogs(job, program.callbacks, communicator.rank) as logs:
+        job = logs.job
         with archive_file(None if job.archive is None else job.archive.pieces()) as path:
             model = make_model(path, program, job.settings.seed)
         specs = program.feed.specs(model)
@@ -172,33 +211,65 @@ def _train(
         control.alive()
         with spool_partition(batches, specs, communicator, interval, control.alive) as spool:
             fed = time.monotonic()
-            # This process may have an earlier job's threads, for good. Sums over another number of threads differ in
-            # their last bits, so that a fit takes its own in any case. And TensorFlow's cluster needs a fresh process.
-            fits = threads == available and not job.over_grpc
-            all_fit = all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD))
-            if all_fit:
-                told = train(job, program, model, specs, spool, communicator, report, chief)
-            elif fits:
-                # Children make a group of their own, met through the parents'; this rank joins it as it is.
-                with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
-                    told = train(job, program, model, specs, spool, group, report, chief)
+            report = logs.announce(control.progress)
+            if job.num_ps:
+                told = train_asynchronously(
+                    job, model, specs, spool, communicator, host, threads, report, control.alive
+                )
             else:
-                told = train_in_child(job, specs, spool, communicator, host, threads, report, chief)
+                fits = threads == available and not job.over_grpc
+                told = _train_in_lockstep(job, program, model, specs, spool, communicator, host, threads, report, fits)
+        told["notices"] += logs.notices
         told |= {
-            "protocol": GRPC if job.over_grpc else communicator.protocol,
-            "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else communicator.reason,
+            "tensorboard": logs.url,
+            "protocol": GRPC if job.over_grpc else told.get("protocol", communicator.protocol),
+            "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else told.get("protocol_reason", communicator.reason),
             "start_seconds": made - started,
             "feed_seconds": fed - made,
         }
     saved = told.pop("saved")
-    return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if chief else [])]
+    return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if saved else [])]
+
+
+def _train_in_lockstep(
+    job: TrainJob,
+    program: Program,
+    model: Any,
+    specs: list[Any],
+    spool: Spool,
+    communicator: Communicator,
+    host: str,
+    threads: int,
+    report: Callable[[dict[str, Any]], None] | None,
+    fits: bool,
+) -> dict[str, Any]:
+    """Train in this process where that can be, else in a child.
+
+    This process may have an earlier job's threads, for good. Sums over another number of threads differ in their last
+    bits, so that a fit takes its own in any case. And TensorFlow's cluster needs a fresh process.
+
+    Parameters
+    ----------
+    fits : bool
+        This process has the threads that the fit takes, and may train.
+    """
+    chief = communicator.rank == 0
+    if all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD)):
+        return train(job, program, model, specs, spool, communicator, report, chief)
+    if fits:
+        # Children make a group of their own, met through the parents'; this rank joins it as it is.
+        with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
+            return train(job, program, model, specs, spool, group, report, chief)
+    return train_in_child(job, specs, spool, communicator, host, threads, report, chief)
 
 
 def _deliver(path: str, job: TrainJob, control: ControlClient) -> list[Result]:
     """Send the trained model to the driver and remove it; return it as result rows where it cannot be sent."""
     try:
-        if control.connected and control.send_model(path):
-            return []
+        if control.connected:
+            with open(path, "rb") as file:
+                if control.send_file(file):
+                    return []
         check_returnable(os.path.getsize(path), job.result_limit)
         parts: list[Result] = []
         with open(path, "rb") as file:

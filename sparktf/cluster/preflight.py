@@ -19,7 +19,7 @@ def is_connect(spark: Any) -> bool:
     return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
-def check_cluster(spark: Any, nodes: int) -> None:
+def check_cluster(spark: Any, nodes: int, wanted: str | None = None, profile: Any = None) -> None:
     """Check that a barrier stage of `nodes` tasks can run on this session.
 
     Parameters
@@ -27,6 +27,10 @@ def check_cluster(spark: Any, nodes: int) -> None:
     spark : SparkSession
         Classic or Connect. On Connect the slots are not known: Spark itself gives up after a while.
     nodes : int
+    wanted : str, optional
+        What the nodes are, for the message.
+    profile : ResourceProfile, optional
+        What each task needs beyond the session's settings.
 
     Raises
     ------
@@ -42,30 +46,36 @@ def check_cluster(spark: Any, nodes: int) -> None:
         )
     if is_connect(spark):
         return
-    slots = _slots(spark)
-    if slots < nodes and not _in_this_process(spark.sparkContext.master):
-        slots = _wait_for_slots(spark, nodes)
+    slots = _slots(spark, profile)
+    if slots < nodes and not in_this_process(spark.sparkContext.master):
+        slots = _wait_for_slots(spark, nodes, profile)
     if slots < nodes:
+        fix = f"numWorkers={max(slots, 1)}" if wanted is None else "fewer nodes"
         raise SlotsError(
-            f"Expected {nodes} task slots, one for each of numWorkers={nodes}; received {slots} "
-            f"(master {spark.sparkContext.master!r}). Use numWorkers={max(slots, 1)}, or give the session more "
-            "executors or cores (local mode: local[N])."
+            f"Expected {nodes} task slots, one for each of {wanted or f'numWorkers={nodes}'}; received {slots} "
+            f"(master {spark.sparkContext.master!r}). Use {fix}, or give the session more executors or cores "
+            "(local mode: local[N])."
         )
 
 
-def _in_this_process(master: str) -> bool:
+def in_this_process(master: str) -> bool:
+    """Tell whether a master is Spark's local mode, with all tasks in the driver's own process."""
     return master == "local" or master.startswith("local[")
 
 
-def _slots(spark: Any) -> int:
+def _slots(spark: Any, profile: Any) -> int:
     context = spark.sparkContext._jsc.sc()
-    return int(context.maxNumConcurrentTasks(context.resourceProfileManager().defaultResourceProfile()))
+    if profile is None:
+        return int(context.maxNumConcurrentTasks(context.resourceProfileManager().defaultResourceProfile()))
+    # Spark knows a profile by its number only once it has been told of it.
+    context.resourceProfileManager().addResourceProfile(profile._java_resource_profile)
+    return int(context.maxNumConcurrentTasks(profile._java_resource_profile))
 
 
-def _wait_for_slots(spark: Any, nodes: int) -> int:
+def _wait_for_slots(spark: Any, nodes: int, profile: Any) -> int:
     age = time.time() - spark.sparkContext.startTime / 1000
     deadline = time.monotonic() + max(0.0, _EXECUTORS_SECONDS - age)
-    while (slots := _slots(spark)) < nodes and time.monotonic() < deadline:
+    while (slots := _slots(spark, profile)) < nodes and time.monotonic() < deadline:
         time.sleep(0.2)
     return slots
 

@@ -16,6 +16,7 @@ from sparktf.data.columns import ColumnSpec
 from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter
 from sparktf.distribute.fit import RankRows
+from sparktf.distribute.group import Group
 from sparktf.errors import DataError
 from sparktf.transport import Communicator
 
@@ -99,7 +100,7 @@ def split_rows(spool: Spool, validation: str | None) -> tuple[np.ndarray[Any, An
     return spool.select(validation)
 
 
-def agree_on_rows(spool: Spool, training: int, validation: int, communicator: Communicator) -> RankRows:
+def agree_on_rows(spool: Spool, training: int, validation: int, group: Group) -> RankRows:
     """Tell all ranks how many rows each has, and agree on lengths that the model left open.
 
     Raises
@@ -112,18 +113,35 @@ def agree_on_rows(spool: Spool, training: int, validation: int, communicator: Co
         "validation": validation,
         "shapes": {name: spec.shape for name, spec in spool.columns.items()} if spool.rows else {},
     }
-    everyones = [json.loads(part) for part in communicator.all_gather_bytes(json.dumps(mine).encode())]
+    everyones = [json.loads(part) for part in group.all_gather_bytes(json.dumps(mine).encode())]
+    fill_shapes(spool, everyones)
+    return RankRows(
+        training=tuple(their["training"] for their in everyones),
+        validation=tuple(their["validation"] for their in everyones),
+    )
+
+
+def fill_shapes(spool: Spool, everyones: Sequence[dict[str, Any]]) -> None:
+    """Give a spool without rows the lengths that the rows of others have.
+
+    Parameters
+    ----------
+    spool : Spool
+        Changed in place.
+    everyones : sequence of dict
+        What each rank told: ``"shapes"`` by column where it has rows.
+
+    Raises
+    ------
+    DataError
+        Rows of one column differ in length from rank to rank.
+    """
     for name, spec in list(spool.columns.items()):
-        shapes = {tuple(their["shapes"][name]) for their in everyones if name in their["shapes"]}
+        shapes = {tuple(told["shapes"][name]) for told in everyones if name in told["shapes"]}
         if len(shapes) > 1:
             raise DataError(
                 f"column {spec.source!r}: expected rows of one length, received {sorted(shapes)} in different "
                 "partitions."
             )
         if shapes:
-            # A rank without rows cannot know the lengths; its batches must have them all the same.
             spool.columns[name] = replace(spec, shape=shapes.pop())
-    return RankRows(
-        training=tuple(their["training"] for their in everyones),
-        validation=tuple(their["validation"] for their in everyones),
-    )

@@ -1,4 +1,4 @@
-"""What a node does once its partition is spooled: Keras's ``fit`` in step with the others."""
+"""What a node does once its partition is spooled: Keras's ``fit`` together with the others."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from sparktf.cluster.connect import check_returnable
+from sparktf.cluster.fit_logs import with_tensorboard
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.spooling import agree_on_rows, local_directory, split_rows
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
 from sparktf.data.tfdata import evaluation_dataset, training_dataset
 from sparktf.distribute.build import build_model
-from sparktf.distribute.fit import FitReport, FitSettings, Order, RankRows, fit_rank
+from sparktf.distribute.client import ParameterClient
+from sparktf.distribute.fit import FitReport, Order, RankRows, fit_together
+from sparktf.distribute.group import Group
+from sparktf.distribute.lockstep import fit_rank
+from sparktf.distribute.meeting import Meeting
 from sparktf.distribute.optimizer import find_optimizers
+from sparktf.distribute.own_pace import OwnPace
 from sparktf.distribute.reducer import GradientReducer
+from sparktf.distribute.table_fit import tables_of
+from sparktf.distribute.table_servers import leave_tables, table_link
 from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
@@ -79,6 +89,8 @@ def load_model(path: str) -> Any:
     """
     import keras
 
+    # A layer of ours that the file may hold, for Keras to find.
+    import_module("sparktf.distribute.embedding")
     with warnings.catch_warnings():
         # A model that was never trained has no optimizer variables to load, and Keras warns of that.
         warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
@@ -95,6 +107,21 @@ def load_model(path: str) -> Any:
             ) from error
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a fit is given: see `sparktf.distribute.fit.fit_together`."""
+
+    training: Callable[[Order, int], Any]
+    validation: Any
+    callbacks: list[Any]
+
+
+def agree_on_partitions(specs: list[ColumnSpec], spool: Spool, group: Group) -> RankRows:
+    """Tell all ranks how many rows this one's partition has to train on and to validate on."""
+    ours, held_out = split_rows(spool, _validation(specs))
+    return agree_on_rows(spool, len(ours), len(held_out), group)
+
+
 def train(
     job: TrainJob,
     program: Program,
@@ -106,7 +133,7 @@ def train(
     save: bool,
     reducer: GradientReducer | None = None,
 ) -> dict[str, Any]:
-    """Train a model on a spooled partition, together with the other ranks.
+    """Train a model on a spooled partition, in lockstep with the other ranks.
 
     Parameters
     ----------
@@ -135,10 +162,60 @@ def train(
     ClusterError
         The model is larger than what can come back.
     """
+    rows = agree_on_partitions(specs, spool, communicator)
+    given = _prepare(job, program, model, specs, spool, rows)
+    reducer = reducer or GradientReducer(communicator, job.compression)
+    fitted = fit_rank(
+        model, communicator, rows, given.training, given.validation, job.settings, given.callbacks, report, reducer
+    )
+    return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
+
+
+def train_at_own_pace(
+    job: TrainJob,
+    program: Program,
+    model: Any,
+    specs: list[ColumnSpec],
+    spool: Spool,
+    rows: RankRows,
+    client: ParameterClient,
+    rank: int,
+    report: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Train a model on a spooled partition, at this worker's own pace, on parameter servers.
+
+    Parameters
+    ----------
+    rows : RankRows
+        Of all workers.
+    client : ParameterClient
+    rank : int
+
+    Returns
+    -------
+    dict
+        As `train` does, whose the other parameters are; one of the workers has saved the model.
+    """
+    meeting = Meeting(client, rank, job.num_workers)
+    given = _prepare(job, program, model, specs, spool, rows)
+    with contextlib.ExitStack() as stack:
+        servers = client.communicators if tables_of(model) else ()
+        links = [stack.enter_context(table_link(pair, job.timeout)) for pair in servers]
+        together = OwnPace(client, meeting, rows, job.settings.batch_size, links)
+        fitted = fit_together(model, together, given.training, given.validation, job.settings, given.callbacks, report)
+        saves = together.saves()
+        if saves:
+            together.bring_back_state(model)
+        leave_tables(links)
+    return {"saved": _save(model) if saves else None, **_describe(fitted, rows, spool)}
+
+
+def _prepare(
+    job: TrainJob, program: Program, model: Any, specs: list[ColumnSpec], spool: Spool, rows: RankRows
+) -> _Prepared:
+    """Make the datasets, and build the model from their shapes."""
     settings = job.settings
-    validation = next((s.name for s in specs if s.kind == "validation"), None)
-    ours, held_out = split_rows(spool, validation)
-    rows = agree_on_rows(spool, len(ours), len(held_out), communicator)
+    ours, held_out = split_rows(spool, _validation(specs))
     pack, pack_y = program.feed.packs(model)
     arrangement: dict[str, Any] = {
         "features": [s.name for s in specs if s.kind == "feature"],
@@ -154,12 +231,13 @@ def train(
     held_out_batches = None
     if sum(rows.validation) > 0:
         held_out_batches = evaluation_dataset(spool, held_out, settings.batch_size, **arrangement)
-    build_model(model, _first_batch(training, rows, settings))
+    build_model(model, _first_batch(training))
     check_returnable(state_bytes(model), job.result_limit)
-    callbacks = program.callbacks
-    reducer = reducer or GradientReducer(communicator, job.compression)
-    fitted = fit_rank(model, communicator, rows, training, held_out_batches, settings, callbacks, report, reducer)
-    return {"saved": _save(model) if save else None, **_describe(fitted, rows, spool)}
+    return _Prepared(training, held_out_batches, with_tensorboard(program.callbacks, job.log_dir))
+
+
+def _validation(specs: list[ColumnSpec]) -> str | None:
+    return next((s.name for s in specs if s.kind == "validation"), None)
 
 
 def state_bytes(model: Any) -> int:
@@ -197,7 +275,7 @@ def _describe(fitted: FitReport, rows: RankRows, spool: Spool) -> dict[str, Any]
     }
 
 
-def _first_batch(training: Callable[[Order, int], Any], rows: RankRows, settings: FitSettings) -> Any:
+def _first_batch(training: Callable[[Order, int], Any]) -> Any:
     """Return a batch without rows, for its shapes."""
     import numpy as np
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparktf.errors import ParamError
 
-KINDS = ("feature", "label", "weight", "validation", "id")
+KINDS = ("feature", "label", "weight", "validation", "id", "value")
 STRING = "string"
 
 
@@ -60,8 +60,9 @@ class ColumnSpec:
         Name of the tensor's dtype at the batch: ``"float32"``, ``"int64"``, ``"bool"``, ``"string"``, ...
     source : str
         The user's column or columns, for messages: ``"features"`` or ``"a, b, c"``.
-    kind : {"feature", "label", "weight", "validation", "id"}
-        The column's part. NaN is refused in features, labels and weights, a negative value in weights.
+    kind : {"feature", "label", "weight", "validation", "id", "value"}
+        The column's part. NaN is refused in features, labels and weights, a negative value in weights; "value" is for
+        programs that know themselves what to do with NaN.
     nullable : bool
         Whether nulls are taken: they become NaN, an empty string or False. Not for integers, which have no
         value to spare, nor for weights.

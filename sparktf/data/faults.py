@@ -56,11 +56,12 @@ class Faults:
             return
         # np.min is NaN exactly where a value is, and takes half the time of np.isnan(...).any().
         smallest = values.min() if values.dtype.kind == "f" or spec.kind == "weight" else None
-        if smallest is not None and smallest != smallest and not spec.nullable:
+        refused = not spec.nullable and spec.kind != "value"
+        if smallest is not None and smallest != smallest and refused:
             self.nans += int(np.isnan(values).sum())
         if spec.kind == "weight" and smallest is not None and not smallest >= 0:
             self.negatives += int((values < 0).sum())
-        self.unfit += count_unfit(values, spec.numpy_dtype, nan_counted=not spec.nullable)
+        self.unfit += count_unfit(values, spec.numpy_dtype, nan_counted=refused)
 
     def locate(self, places: np.ndarray, parts: int) -> None:
         """Count faults by their place in a row of packed columns."""

@@ -186,7 +186,12 @@ class Spool:
 
     def describe(self) -> dict[str, Any]:
         """Give what `from_fds` needs beside the descriptors; JSON can hold it."""
-        return self._description
+        columns = []
+        for column in self._description["columns"]:
+            # The shapes of a spool without rows may have been told by others meanwhile.
+            spec = self.columns.get(column["spec"]["name"])
+            columns.append(column if spec is None else {**column, "spec": spec.to_dict()})
+        return {**self._description, "columns": columns}
 
     def fds(self) -> tuple[int, ...]:
         """Give the files' descriptors, to be passed on (``subprocess.Popen(pass_fds=...)``); still owned."""

@@ -8,7 +8,8 @@ fresh pages again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,42 @@ def evaluation_dataset(
     chunk_rows = feed.chunk_rows(batch_size, chunk_bytes)
     indices = np.asarray(indices, np.int64)
     return _finish(feed.batches(lambda: indices, batch_size, chunk_rows), -(-len(indices) // batch_size))
+
+
+def iterator_dataset(batches: Iterator[dict[str, np.ndarray]]) -> Any:
+    """Give what an iterator yields as a dataset, which can be gone through once; no batch is fetched before its turn.
+
+    Parameters
+    ----------
+    batches : iterator of dict of numpy.ndarray
+        Batches by column name; all have the names, dtypes and row shapes of the first, which is fetched at once.
+
+    Returns
+    -------
+    tf.data.Dataset
+        Of dicts of tensors, of unknown cardinality; empty where the iterator is.
+    """
+    import tensorflow as tf
+
+    first = next(batches, None)
+    if first is None:
+        # Nothing tells what it would hold.
+        return tf.data.Dataset.range(0)
+    left = itertools.chain([first], batches)
+    nothing = {name: array[:0] for name, array in first.items()}
+    dtypes = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in first.values()]
+
+    def step() -> list[Any]:
+        batch = next(left, None)
+        return [np.array(batch is not None), *(batch or nothing).values()]
+
+    def arranged(_: Any, *arrays: Any) -> dict[str, Any]:
+        parts = zip(first.items(), arrays, strict=True)
+        return {name: tf.ensure_shape(part, (None, *array.shape[1:])) for (name, array), part in parts}
+
+    # Dataset.from_generator would do, were it not for what this module says of it.
+    steps = tf.data.Dataset.range(2**62).map(lambda _: tuple(tf.numpy_function(step, [], [tf.bool, *dtypes])))
+    return steps.take_while(lambda more, *_: tf.ensure_shape(more, ())).map(arranged)
 
 
 class _Feed:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,17 @@ def model() -> keras.Model:
 
 def broken() -> keras.Model:
     raise RuntimeError("kaboom while the model is made")
+
+
+def deserted(note: str) -> keras.Model:
+    """End without a word, and leave a process that holds all that was open."""
+    orphan = os.fork()
+    if orphan == 0:
+        time.sleep(60)
+        os._exit(0)
+    Path(note).write_text(str(orphan))
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
 
 
 def _job(model_fn: Any) -> TrainJob:
@@ -78,3 +94,18 @@ def test_a_childs_own_error_is_the_nodes(tmp_path: Path) -> None:
     assert isinstance(raised, NodeError), raised
     assert raised.rank == 0
     assert str(raised).startswith("RuntimeError: kaboom while the model is made\n")
+
+
+def test_a_child_that_ends_is_missed_even_where_a_process_of_its_own_lives_on(tmp_path: Path) -> None:
+    note = tmp_path / "orphan"
+
+    def main(communicator: Communicator) -> Any:
+        job = replace(_job(partial(deserted, str(note))), world_size=1)
+        return _in_child(job, communicator, tmp_path)
+
+    (raised,) = run_threads("tcp", 1, main, timeout=60.0)
+    orphan = psutil.Process(int(note.read_text()))
+    assert orphan.is_running()
+    orphan.kill()
+    assert isinstance(raised, NodeError), raised
+    assert str(raised) == "The node's child process ended without a word (killed by signal 9)."

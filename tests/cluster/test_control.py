@@ -29,7 +29,7 @@ class Driver:
             SECRET,
             "job",
             2,
-            str(self.model),
+            {0: str(self.model)},
             lambda rank, told: self.progress.append((rank, told)),
             self.failed.set,
             timeout,
@@ -97,9 +97,22 @@ def test_a_node_that_says_nothing_for_the_timeout_is_named(tmp_path: Path) -> No
         node = driver.node(1)
         failure = driver.server.failure(5.0)
         assert failure is not None
+        # The other one has not come at all: it is what this one waits for.
+        assert failure.rank == 0
+        assert "has not come up: not a word from it for 0.5 s" in failure.message
+        node.close()
+
+
+def test_of_nodes_that_have_all_come_the_silent_one_is_named(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, timeout=0.5)
+    with driver.server:
+        left, silent = driver.node(0), driver.node(1)
+        left.close()
+        failure = driver.server.failure(5.0)
+        assert failure is not None
         assert failure.rank == 1
         assert "no progress for 0.5 s" in failure.message
-        node.close()
+        silent.close()
 
 
 def test_a_screen_that_cannot_be_written_to_does_not_end_a_fit(driver: Driver) -> None:
@@ -120,10 +133,31 @@ def test_the_chiefs_model_arrives_whole(driver: Driver, tmp_path: Path) -> None:
     content = bytes(range(256)) * (CHUNK_BYTES // 256 + 17)
     (tmp_path / "sent").write_bytes(content)
     node = driver.node(0)
-    assert node.send_model(str(tmp_path / "sent"))
+    with (tmp_path / "sent").open("rb") as file:
+        assert node.send_file(file)
     node.close()
-    assert _until(lambda: driver.server.model_received)
+    assert _until(lambda: driver.server.received(0))
     assert driver.model.read_bytes() == content
+
+
+def test_what_a_node_sent_before_it_left_is_waited_for(driver: Driver, tmp_path: Path) -> None:
+    show = driver.server._on_progress
+
+    def slowly(rank: int, told: dict[str, Any]) -> None:
+        time.sleep(0.5)
+        show(rank, told)
+
+    driver.server._on_progress = slowly
+    (tmp_path / "sent").write_bytes(b"model")
+    node = driver.node(0)
+    node.progress({"stdout": ["last words"]})
+    with (tmp_path / "sent").open("rb") as file:
+        assert node.send_file(file)
+    node.close()
+    assert not driver.server.received(0)
+    driver.server.listen_to_the_end(5.0)
+    assert driver.progress == [(0, {"stdout": ["last words"]})]
+    assert driver.server.received(0)
 
 
 @pytest.mark.parametrize(("secret", "job"), [(b"x" * 32, "job"), (SECRET, "another job")])

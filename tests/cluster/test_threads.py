@@ -42,6 +42,6 @@ def test_threads_are_the_ones_asked_for_or_a_share_of_the_executors_cores(
 
 
 def test_a_lone_computing_thread_has_one_beside_it_where_gradients_go_in_several_buckets() -> None:
-    assert [op_threads(1, 2, small_model) for small_model in (False, True)] == [2, 1]
+    assert [op_threads(1, 2, small) for small in (False, True)] == [2, 1]
     assert [op_threads(threads, 2, False) for threads in (2, 4)] == [2, 4]
     assert op_threads(1, 1, False) == 1
