@@ -1,8 +1,9 @@
 """Distributed TensorFlow inside Apache Spark.
 
 ``TFEstimator`` trains a Keras model on a DataFrame's partitions and is an ordinary Spark ML stage;
-``TFModel`` scores with the result; ``local_session`` makes a Spark session on one machine. Importing this
-package imports neither TensorFlow nor pyspark: each comes with the first name that needs it.
+``TFModel`` scores with the result; ``run`` starts any TensorFlow program on Spark's executors; ``local_session``
+makes a Spark session on one machine. Importing this package imports neither TensorFlow nor pyspark: each comes
+with the first name that needs it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from sparktf._version import __version__
 
 if TYPE_CHECKING:
     from sparktf.ml import TFEstimator, TFModel
+    from sparktf.program.run import run
     from sparktf.session import local_session
 
-__all__ = ["TFEstimator", "TFModel", "__version__", "local_session"]
+__all__ = ["TFEstimator", "TFModel", "__version__", "local_session", "run"]
 
 _HOMES = {
     "TFEstimator": "sparktf.ml",
     "TFModel": "sparktf.ml",
     "local_session": "sparktf.session",
+    "run": "sparktf.program.run",
 }
 
 

@@ -1,0 +1,157 @@
+"""The barrier task of a run: the child's surroundings, and what it returned on its way to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedRandom
+from typing import Any
+
+from sparktf.cluster.connect import check_returnable
+from sparktf.cluster.control import CHUNK_BYTES, ControlClient
+from sparktf.cluster.fit_logs import executor_host
+from sparktf.cluster.leash import job_environment
+from sparktf.cluster.node import Result, barrier_task
+from sparktf.cluster.spooling import local_directory
+from sparktf.cluster.tensorboard import TensorBoard
+from sparktf.errors import ClusterError
+from sparktf.program.feeder import Feeder, Partition
+from sparktf.program.feeds import check_partitions
+from sparktf.program.job import ProgramJob
+from sparktf.program.node import Node
+from sparktf.program.process import ChildProcess
+from sparktf.transport import Communicator
+
+RESULT, DIGEST = "result", "digest"
+_TENSORBOARD_SECONDS = 60.0
+
+
+def program_task(batches: Iterable[Any], job: ProgramJob) -> Iterator[Any]:
+    """Run one node of a program; the function that `mapInArrow` calls.
+
+    Parameters
+    ----------
+    batches : iterable of pyarrow.RecordBatch
+        The partition.
+    job : ProgramJob
+
+    Yields
+    ------
+    pyarrow.RecordBatch
+        What main returned, pickled; or, of what is large, the digest of the file that the driver has.
+
+    Raises
+    ------
+    ParamError
+        There are more or fewer tasks than nodes.
+    """
+    from pyspark import BarrierTaskContext
+
+    # Before the tasks meet: all of them see the same, and none of them waits for another.
+    check_partitions(len(BarrierTaskContext.get().getTaskInfos()), job.world_size)
+    yield from barrier_task(batches, job, supervise)
+
+
+def supervise(
+    batches: Iterable[Any],
+    job: ProgramJob,
+    communicator: Communicator,
+    control: ControlClient,
+    host: str,
+    threads: int,
+) -> list[Result]:
+    """Run the child and all that it needs, until every node of the run is done.
+
+    Raises
+    ------
+    NodeError
+        The program failed here, ended without a word, or hangs.
+    PeerLostError
+        It failed on another rank.
+    ClusterError
+        Spark gave one GPU to several nodes, or TensorBoard does not start.
+    """
+    gpu_addresses = _gpus()
+    check_gpus([json.loads(p) for p in communicator.all_gather_bytes(json.dumps([host, gpu_addresses]).encode())])
+    with contextlib.ExitStack() as stack:
+        tensorboard = None
+        if job.tensorboard and communicator.rank == 0:
+            # The other ranks wait as long as the timeout says.
+            started = TensorBoard(job.log_dir, executor_host(), min(_TENSORBOARD_SECONDS, job.timeout / 2))
+            tensorboard = stack.enter_context(contextlib.closing(started))
+        result = stack.enter_context(tempfile.TemporaryFile(dir=local_directory()))
+        child = stack.enter_context(ChildProcess("sparktf.program.child", result, _environment(gpu_addresses)))
+        feeder = stack.enter_context(
+            Feeder(Partition(batches, job.feeds), communicator.rank, job.roles.compute_ranks, bool(job.feeds))
+        )
+        node = Node(job, communicator, control, child, feeder, tensorboard)
+        node.tell_job(host, threads, job.log_dir if tensorboard is None else tensorboard.log_dir)
+        if tensorboard is not None:
+            # Meanwhile the child imports TensorFlow.
+            control.progress({"tensorboard": tensorboard.wait()})
+        node.run()
+        return _deliver(result, job, control)
+
+
+def _gpus() -> list[str]:
+    """Return the addresses of the GPUs that Spark gave to this task."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    resources = {} if context is None else context.resources()
+    return list(resources["gpu"].addresses) if "gpu" in resources else []
+
+
+def check_gpus(nodes: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Check that no GPU of a host was given to two nodes.
+
+    Parameters
+    ----------
+    nodes : sequence of (str, sequence of str)
+        Each rank's host and the addresses of its GPUs.
+
+    Raises
+    ------
+    ClusterError
+    """
+    owners: dict[tuple[str, str], int] = {}
+    for rank, (host, addresses) in enumerate(nodes):
+        for address in addresses:
+            if (owner := owners.setdefault((host, address), rank)) != rank:
+                raise ClusterError(
+                    f"Expected every node to have GPUs of its own; received GPU {address} of host {host} for ranks "
+                    f"{owner} and {rank}. A task must have whole GPUs (spark.task.resource.gpu.amount of 1 or more), "
+                    "and executors on one host different ones (spark.worker.resource.gpu.discoveryScript)."
+                )
+
+
+def _environment(gpu_addresses: Sequence[str]) -> dict[str, str]:
+    environment = {**job_environment(), "PYTHONUNBUFFERED": "1"}
+    environment.pop("TF_CONFIG", None)
+    if gpu_addresses:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_addresses)
+    return environment
+
+
+def _deliver(result: BufferedRandom, job: ProgramJob, control: ControlClient) -> list[Result]:
+    """Return what main returned as rows of the result; what is large goes to the driver as a file.
+
+    The file's digest goes by Spark's channel, so that the driver unpickles nothing but what this task has sent.
+    """
+    size = result.seek(0, os.SEEK_END)
+    result.seek(0)
+    if size <= CHUNK_BYTES:
+        return [(RESULT, 0, result.read())]
+    if control.connected:
+        digest = hashlib.file_digest(result, "sha256").hexdigest()
+        result.seek(0)
+        if control.send_file(result):
+            return [(DIGEST, 0, json.dumps({"sha256": digest, "bytes": size}).encode())]
+        result.seek(0)
+    check_returnable(size, job.result_limit, "a result of main", "return less (ctx.export writes models)")
+    chunks = iter(lambda: result.read(CHUNK_BYTES), b"")
+    return [(RESULT, part, chunk) for part, chunk in enumerate(chunks)]
