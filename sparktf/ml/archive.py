@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
 from sparktf.errors import PersistenceError
@@ -191,6 +192,8 @@ class ModelArchive:
 def _load_keras(path: str, objects: Mapping[str, Any] | None, compile: bool, safe_mode: bool) -> keras.Model:
     import keras
 
+    # A layer of ours that the file may hold, for Keras to find.
+    import_module("sparktf.distribute.embedding")
     try:
         with warnings.catch_warnings():
             # A model that was compiled but never trained has an optimizer without state; nothing is lost.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,10 +69,23 @@ def boolean(name: str) -> Callable[[Any], bool]:
     return convert
 
 
+def path(name: str) -> Callable[[Any], str]:
+    """Accept a path, as text or of pathlib; not an empty one."""
+
+    def convert(value: Any) -> str:
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str):
+            raise wrong_type(name, "a path", value)
+        if not text:
+            raise ParamError(f"{name}: expected a path, or None. Received: {value!r}")
+        return str(text)
+
+    return convert
+
+
 def choice(
     name: str,
     available: Sequence[str],
-    missing: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Callable[[Any], str]:
     """Accept one of a few words.
@@ -82,8 +96,6 @@ def choice(
         The Param.
     available : sequence of str
         The words that work.
-    missing : mapping of str to str, optional
-        Words that are understood but not available in this version, and how each is called in the message.
     aliases : mapping of str to str, optional
         Other words for available ones.
     """
@@ -93,9 +105,6 @@ def choice(
         if not isinstance(value, str):
             raise wrong_type(name, f"one of {known}", value)
         value = (aliases or {}).get(value, value)
-        if value in (missing or {}):
-            meaning = (missing or {})[value]
-            raise ParamError(f"{name}: {value!r} ({meaning}) is not available yet. Available: {known}")
         if value not in available:
             raise ParamError(f"{name}: expected one of {known}. Received: {value!r}")
         return str(value)

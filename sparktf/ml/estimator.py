@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
+import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +13,24 @@ from pyspark.ml import Estimator
 
 from sparktf.cluster.connect import check_returnable, result_limit
 from sparktf.cluster.job import GRPC, Payload, Program
-from sparktf.cluster.launch import TrainingResult, run_training, temporary_directory
-from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
+from sparktf.cluster.launch import run_training, temporary_directory
+from sparktf.cluster.preflight import check_cluster, is_connect
+from sparktf.distribute.buckets import gradient_bytes
 from sparktf.distribute.checks import loss_reduction
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.distribute.fit import FitSettings
+from sparktf.distribute.own_pace import check_servable
+from sparktf.distribute.table_fit import check_tables
 from sparktf.errors import ParamError
 from sparktf.ml.archive import ModelArchive
 from sparktf.ml.feed import Feed
 from sparktf.ml.model import TFModel
-from sparktf.ml.params import _TFEstimatorParams
+from sparktf.ml.params import ASYNC, _TFEstimatorParams
 from sparktf.ml.payload import payload_for
 from sparktf.ml.persistence import EstimatorPersistence
 from sparktf.ml.planning import plan_feed, spread_rows
 from sparktf.ml.progress import ProgressPrinter
-from sparktf.ml.summary import TrainingSummary
+from sparktf.ml.summary import summarize
 
 if TYPE_CHECKING:
     import keras
@@ -57,24 +59,40 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
     predictionCol, probabilityCol, rawPredictionCol, outputMapping, predictBatchSize
         For the fitted model; see `TFModel`.
     batchSize : int
-        Rows per worker and step; the global batch is ``batchSize * numWorkers``.
+        Rows per worker and step. The global batch is ``batchSize * numWorkers``; in mode "async" an update is of one
+        worker's rows, unless maxStaleness is 0.
     epochs : int
     shuffle : bool
         Permute each worker's rows anew in every epoch.
     seed : int
-        Equal seeds on equal data in an equal world make bit-identical fits.
+        Equal seeds on equal data in an equal world make bit-identical fits; in mode "async" where maxStaleness is 0.
     numWorkers : int
         Nodes; each takes a task slot of Spark.
     threadsPerWorker : int
         TensorFlow threads of a node; 0 for the executor's cores divided by the nodes on it.
-    mode : {"sync"}
-        Every step's gradient is that of one process on the global batch.
+    mode : {"sync", "async"}
+        "sync": every step's gradient is that of one process on the global batch. "async": each worker goes at its own
+        pace, sends its gradients to parameter servers, which apply them as they come, and goes on with the weights that
+        it gets back; at an epoch's end all meet. A worker that is lost does not end the fit.
+    numPs : int
+        Parameter servers of mode "async"; each takes a task slot beside the workers'.
+    maxStaleness : int or None
+        For mode "async": no worker is more updates ahead of the slowest that still trains. 0: each update is the mean
+        of all workers' gradients by rows, as in "sync". None: no bound.
     protocol : {"auto", "tcp", "shm", "rdma", "grpc"}
         How nodes exchange gradients.
     compression : {"none", "bf16"}
         "bf16": what travels between machines is rounded to bfloat16, sums stay float32; not for "grpc".
+        In mode "async" it is gradients alone, on one machine too; weights come in full.
     callbacks : list of keras.callbacks.Callback
         Every node runs its own copies; those that write files run on the chief only.
+    logDir : str
+        Where the chief logs for TensorBoard, in the way of `keras.callbacks.TensorBoard`; one of yours among the
+        callbacks takes its place. A path on the chief's machine, or a remote file system's (``"s3://..."``).
+    tensorboard : bool
+        Run TensorBoard beside the chief while the fit runs. Its URL is printed as it starts (in the executor's log on
+        Spark Connect) and stands in the summary. Without logDir it shows what your own callback logs, or logs of its
+        own that are removed with it. It listens on the executor's address and asks nobody for a password.
     verbose : {"auto", 0, 1, 2}
     timeout : float
         Seconds without progress after which a fit fails.
@@ -116,6 +134,8 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         compression: str = "none",
         predictBatchSize: int = 8192,
         callbacks: Sequence[Any] | None = None,
+        logDir: str | os.PathLike[str] | None = None,
+        tensorboard: bool = False,
         verbose: str | int = "auto",
         timeout: float = 300.0,
     ) -> None:
@@ -133,17 +153,22 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         objects = custom_objects()
         with temporary_directory() as directory, self._payload(dataset.sparkSession) as payload:
             result = run_training(
-                spread_rows(dataset, feed, self.getNumWorkers()),
+                spread_rows(dataset, feed, self.getNumWorkers(), self._servers()),
                 self._program(objects, feed),
                 payload,
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
-                world_size=self.getNumWorkers(),
+                world_size=self.getNumWorkers() + self._servers(),
                 protocol=self.getProtocol(),
                 compression=self.getCompression(),
                 timeout=self.getTimeout(),
                 threads=self.getThreadsPerWorker(),
+                gradient_bytes=gradient_bytes(self.getModel()),
                 directory=directory,
                 on_progress=ProgressPrinter(self.getVerbose(), self.getEpochs()),
+                log_dir=self.getLogDir(),
+                tensorboard=self.getTensorboard(),
+                num_ps=self._servers(),
+                max_staleness=self.getMaxStaleness(),
             )
             trained = ModelArchive.from_file(result.model_path, move=True)
         summary = summarize(result, time.monotonic() - started)
@@ -161,16 +186,28 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
                 f"Expected a compiled model, received {model.name!r} without optimizer and loss. Call "
                 "model.compile(optimizer=..., loss=...) first."
             )
-        if model is not None and self.getNumWorkers() > 1:
+        if model is not None and (self.getNumWorkers() > 1 or self._servers()):
             loss_reduction(model)
+        if model is not None and self._servers():
+            check_servable(model, self.getNumPs())
+        if model is not None:
+            check_tables(model)
+        if self.getProtocol() == GRPC and self._servers():
+            raise ParamError(
+                "Expected protocol 'auto', 'tcp', 'shm' or 'rdma' with mode='async', received 'grpc': TensorFlow's own "
+                "collectives are for mode='sync'."
+            )
         if self.getProtocol() == GRPC and self.getCompression() != "none":
             raise ParamError(
                 f"Expected compression='none' with protocol='grpc', received {self.getCompression()!r}: TensorFlow's "
                 "own ring sends gradients as they are. Choose another protocol."
             )
         feed = plan_feed(self, dataset.schema)
-        check_cluster(dataset.sparkSession, self.getNumWorkers())
+        check_cluster(dataset.sparkSession, self.getNumWorkers() + self._servers())
         return feed if model is None else feed.for_model(model)
+
+    def _servers(self) -> int:
+        return self.getNumPs() if self.getMode() == ASYNC else 0
 
     @contextlib.contextmanager
     def _payload(self, spark: SparkSession) -> Iterator[Payload | None]:
@@ -212,45 +249,3 @@ def pickled(program: Program) -> bytes:
                 f"{error}. Open files, locks, sessions and connections must be made on the node."
             ) from error
     return bytes(cloudpickle.dumps(program))  # type: ignore[no-untyped-call]
-
-
-def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
-    """Turn the ranks' reports into the fit's summary.
-
-    Parameters
-    ----------
-    result : TrainingResult
-    seconds : float
-        Wall-clock seconds of the whole fit.
-    """
-    import pandas as pd
-
-    chief = result.reports[0]
-    epochs = chief["epoch_seconds"]
-    # The first epoch pays for tracing.
-    typical = statistics.median(epochs[1:] or epochs or [0.0])
-    for notice in {notice: None for report in result.reports for notice in report["notices"]}:
-        warnings.warn(notice, stacklevel=2)
-    rows = sum(chief["rows"])
-    world = len(result.reports)
-    history = pd.DataFrame({"epoch": range(1, len(epochs) + 1), **chief["history"]})
-
-    def slowest(seconds: Callable[[dict[str, Any]], float]) -> float:
-        return max(seconds(report) for report in result.reports)
-
-    return TrainingSummary(
-        history=history,
-        rows=rows,
-        validationRows=sum(chief["validation_rows"]),
-        rowsPerSecond=rows / typical if typical > 0 else float("nan"),
-        seconds=seconds,
-        feedSeconds=slowest(lambda r: r["feed_seconds"]),
-        computeSeconds=slowest(lambda r: r["fit_seconds"] - r["communicate_seconds"]),
-        communicateSeconds=slowest(lambda r: r["communicate_seconds"]),
-        protocol=chief["protocol"] if world > 1 else "none",
-        protocolReason=chief["protocol_reason"],
-        worldSize=world,
-        epochs=len(epochs),
-        stepsPerEpoch=chief["steps_per_epoch"],
-        versions=installed_versions(),
-    )

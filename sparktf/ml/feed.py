@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sparktf.cluster.schema import TEXT, ColumnType
 from sparktf.data.columns import STRING, ColumnSpec
 from sparktf.errors import DataError, ParamError
 from sparktf.ml.inputs import FeedColumn, check_kind, fill_inputs, pair
-from sparktf.ml.schema import TEXT, ColumnType
 from sparktf.ml.signature import TensorSpec
 
 if TYPE_CHECKING:

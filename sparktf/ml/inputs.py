@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from sparktf.cluster.schema import TEXT, ColumnType, check_size, column_type
 from sparktf.data.columns import STRING
 from sparktf.errors import DataError, ParamError
-from sparktf.ml.schema import TEXT, ColumnType, check_size, column_type
 from sparktf.ml.signature import TensorSpec
 
 if TYPE_CHECKING:

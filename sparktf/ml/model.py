@@ -208,7 +208,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         specs = [
             # Nulls are gone when a column is read; nullable lets NaN through, as the model's own business.
             ColumnSpec(c.name, spec.shape, spec.dtype, c.source, nullable=_holds_nan(spec))
-            for c, spec in zip(inputs, self._trained.signature.inputs, strict=False)
+            for c, spec in zip(inputs, self._trained.signature.inputs, strict=True)
         ]
         objects = self._trained.objects | custom_objects()
         return ScoringTask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from sparktf.ml import converters as to
 from sparktf.ml.model_params import _TFModelParams, make_param
 from sparktf.transport import protocols
 from sparktf.transport.reduction import COMPRESSIONS
+
+ASYNC = "async"
 
 _PROTOCOLS = (*protocols(), GRPC)
 
@@ -32,12 +35,14 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     )
     batchSize = make_param(
         "batchSize",
-        "rows per worker and step (1 or more); the global batch is batchSize * numWorkers.",
+        "rows per worker and step (1 or more); the global batch of mode 'sync' is batchSize * numWorkers.",
         to.integer("batchSize", 1),
     )
     epochs = make_param("epochs", "passes over the training rows (1 or more).", to.integer("epochs", 1))
     shuffle = make_param("shuffle", "permute each worker's rows anew in every epoch.", to.boolean("shuffle"))
-    seed = make_param("seed", "random seed; equal seeds make equal fits.", to.integer("seed"))
+    seed = make_param(
+        "seed", "random seed; equal seeds make equal fits, in mode 'async' with maxStaleness 0.", to.integer("seed")
+    )
     numWorkers = make_param(
         "numWorkers",
         "nodes that train together (1 or more); each takes one task slot.",
@@ -50,13 +55,15 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     )
     mode = make_param(
         "mode",
-        "'sync': every step's gradient is that of the global batch.",
-        to.choice("mode", ["sync"], {"async": "parameter servers"}),
+        "'sync': every step's gradient is that of the global batch; 'async': workers go at their own pace, on "
+        "parameter servers.",
+        to.choice("mode", ["sync", ASYNC]),
     )
     numPs = make_param("numPs", "parameter servers, for mode 'async' (1 or more).", to.integer("numPs", 1))
     maxStaleness = make_param(
         "maxStaleness",
-        "for mode 'async': how many steps a worker may be ahead of the slowest; None: any number.",
+        "for mode 'async': how many updates a worker may be ahead of the slowest; 0: updates are those of all "
+        "workers together; None: any number.",
         to.integer("maxStaleness", 0),
     )
     protocol = make_param(
@@ -75,6 +82,16 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
         "Keras callbacks; every node runs its own copies, the given objects are not updated.",
         to.callback_list,
     )
+    logDir = make_param(
+        "logDir",
+        "where the chief logs for TensorBoard: a directory on its machine, or one of a remote file system.",
+        to.path("logDir"),
+    )
+    tensorboard = make_param(
+        "tensorboard",
+        "run TensorBoard beside the chief while a fit runs; its URL is printed.",
+        to.boolean("tensorboard"),
+    )
     verbose = make_param("verbose", "'auto', or Keras's 0, 1 or 2.", to.verbosity)
     timeout = make_param(
         "timeout",
@@ -85,6 +102,7 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     def __init__(self) -> None:
         super().__init__()
         self._setDefault(model=None, modelFn=None, labelMapping=None, maxStaleness=None, callbacks=None)
+        self._setDefault(logDir=None, tensorboard=False)
         # Spark's default seed is a hash that Python salts anew in every process.
         self._setDefault(seed=0, batchSize=32, epochs=1, shuffle=True, numWorkers=1, threadsPerWorker=0)
         self._setDefault(mode="sync", numPs=1, protocol="auto", compression="none")
@@ -217,6 +235,23 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
         """Return callbacks, None where none were given."""
         callbacks: list[Any] | None = self._get(self.callbacks)
         return callbacks
+
+    def setLogDir(self, value: str | os.PathLike[str] | None) -> Self:
+        """Set logDir."""
+        return self._set(logDir=value)
+
+    def getLogDir(self) -> str | None:
+        """Return logDir, None where it was not given."""
+        log_dir: str | None = self._get(self.logDir)
+        return log_dir
+
+    def setTensorboard(self, value: bool) -> Self:
+        """Set tensorboard."""
+        return self._set(tensorboard=value)
+
+    def getTensorboard(self) -> bool:
+        """Return tensorboard."""
+        return bool(self._get(self.tensorboard))
 
     def setVerbose(self, value: str | int) -> Self:
         """Set verbose."""

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 
 from pyspark.sql import types as T
 
+from sparktf.cluster.dealing import deal_out, row_id
+from sparktf.cluster.schema import ColumnType, check_flag, column_type
 from sparktf.errors import ParamError
 from sparktf.ml.feed import ID, Feed
 from sparktf.ml.inputs import FeedColumn, input_columns
 from sparktf.ml.params import _TFEstimatorParams
-from sparktf.ml.schema import ColumnType, check_flag, column_type
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
-
-# monotonically_increasing_id: the partition in the upper bits, the row within it in the lower 33.
-_ROW_BITS = 33
 
 
 def plan_feed(params: _TFEstimatorParams, schema: T.StructType) -> Feed:
@@ -54,17 +52,9 @@ def plan_feed(params: _TFEstimatorParams, schema: T.StructType) -> Feed:
     )
 
 
-def spread_rows(dataset: DataFrame, feed: Feed, workers: int) -> DataFrame:
-    """Select the feed's columns, number the rows and deal them out to the workers.
-
-    Each partition's rows are dealt out in turn, starting one worker further in each partition, so that worker's shares
-    differ by no more than the number of partitions whatever their sizes; the same data is always dealt out alike.
-    """
-    from pyspark.sql import functions as F
-
-    numbered = dataset.select(*feed.expressions(), F.monotonically_increasing_id().alias(ID))
-    row, partition = F.col(ID).bitwiseAND(F.lit((1 << _ROW_BITS) - 1)), F.shiftright(F.col(ID), _ROW_BITS)
-    return numbered.repartitionById(workers, ((row + partition) % workers).cast("int"))
+def spread_rows(dataset: DataFrame, feed: Feed, workers: int, num_ps: int = 0) -> DataFrame:
+    """Select the feed's columns, number the rows and deal them out to the workers; parameter servers get none."""
+    return deal_out(dataset.select(*feed.expressions(), row_id(ID)), ID, workers, workers + num_ps)
 
 
 def _optional(params: _TFEstimatorParams, schema: T.StructType, name: str) -> ColumnType | None:

@@ -32,12 +32,14 @@ class ProgressPrinter:
         self._lock = threading.Lock()
 
     def __call__(self, rank: int, report: dict[str, Any]) -> None:
-        """Print one report of `sparktf.distribute.callbacks.progress_callback`."""
+        """Print a report of `sparktf.distribute.callbacks.progress_callback`, or ``{"tensorboard": url}``."""
         # Every rank reports, so that the driver knows it alive; the chief speaks for all.
         if self._verbose == 0 or rank != 0:
             return
         with self._lock:
-            if "step" in report:
+            if "tensorboard" in report:
+                self._write(f"TensorBoard: {report['tensorboard']}\n")
+            elif "step" in report:
                 self._step(report)
             elif "logs" in report:
                 self._epoch(report)

@@ -6,12 +6,18 @@ import dataclasses
 import html
 import json
 import math
-from collections.abc import Mapping
+import statistics
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from sparktf.cluster.preflight import installed_versions
+
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sparktf.cluster.launch import TrainingResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +42,30 @@ class TrainingSummary:
         Seconds the slowest rank spent in moving rows to its spool, in training and validation without the
         exchange, and in the exchange of gradients and metrics (waiting for other ranks included).
     protocol : str
-        The protocol that was used, never ``"auto"``; ``"none"`` for one worker.
+        The protocol that was used, never ``"auto"``; ``"none"`` for one worker of mode "sync". In mode "async" that of
+        the first worker with the first server; with ``protocol="auto"`` others may have taken another, as some share a
+        machine and some do not.
     protocolReason : str
         Why that one.
     worldSize : int
-        Nodes that trained.
+        Nodes that trained: workers.
     epochs : int
         Epochs that were run; fewer than asked for where training stopped early.
     stepsPerEpoch : int
-        Optimizer steps in one epoch, the same on every worker.
+        Steps of a worker in one epoch: in mode "sync", and where maxStaleness is 0, the same on every worker; else
+        those of the first that was not lost.
     versions : mapping of str to str
         Versions of Python, TensorFlow, Keras and sparktf, equal on driver and nodes up to the patch level.
+    tensorboardUrl : str
+        Where TensorBoard was while the fit ran, and was stopped at its end; empty where there was none.
+    numPs : int
+        Parameter servers of mode "async"; 0 in mode "sync".
+    updates : int
+        That the servers have made, each to its part of the variables; 0 in mode "sync".
+    lostWorkers : tuple of int
+        Ranks of workers that were lost in mode "async", without which the others went on.
+    rowsNotSeen : int
+        How often a row was not trained on because its worker was lost, over all epochs.
     """
 
     history: pd.DataFrame
@@ -63,6 +82,11 @@ class TrainingSummary:
     stepsPerEpoch: int
     protocolReason: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    tensorboardUrl: str = ""
+    numPs: int = 0
+    updates: int = 0
+    lostWorkers: tuple[int, ...] = ()
+    rowsNotSeen: int = 0
 
     def to_json(self) -> str:
         """Return the summary as one JSON text; NaN becomes ``null``, an infinity a string."""
@@ -70,6 +94,7 @@ class TrainingSummary:
         columns = {str(name): list(self.history[name]) for name in self.history.columns}
         values["history"] = {name: [_plain(v) for v in column] for name, column in columns.items()}
         values["versions"] = dict(self.versions)
+        values["lostWorkers"] = list(self.lostWorkers)
         return json.dumps({name: _plain(value) for name, value in values.items()}, allow_nan=False)
 
     @classmethod
@@ -82,6 +107,7 @@ class TrainingSummary:
         known = {f.name for f in dataclasses.fields(cls)} - {"history"}
         kept = {name: _number(value) for name, value in values.items() if name in known}
         floats = {name: [_number(v) for v in column] for name, column in columns.items()}
+        kept["lostWorkers"] = tuple(kept.get("lostWorkers", ()))
         return cls(history=pd.DataFrame(floats), **kept)
 
     def __repr__(self) -> str:
@@ -98,7 +124,11 @@ class TrainingSummary:
         return f"<table>{facts}</table>{self.history.to_html(index=False)}"
 
     def _facts(self) -> list[tuple[str, str]]:
-        workers = "1 worker" if self.worldSize == 1 else f"{self.worldSize} workers over {self.protocol}"
+        workers = "1 worker" if self.worldSize == 1 else f"{self.worldSize} workers"
+        if self.numPs:
+            workers += f" and {self.numPs} parameter server" + "s" * (self.numPs > 1)
+        if self.worldSize > 1 or self.numPs:
+            workers += f" over {self.protocol}"
         validation = f" and {self.validationRows:,} for validation" if self.validationRows else ""
         times = f"feed {self.feedSeconds:.1f}, compute {self.computeSeconds:.1f}"
         facts = [
@@ -108,10 +138,68 @@ class TrainingSummary:
             ("rows/s", f"{self.rowsPerSecond:,.0f}"),
             ("seconds", f"{self.seconds:.1f} ({times}, communicate {self.communicateSeconds:.1f})"),
         ]
+        if self.lostWorkers:
+            lost = ", ".join(map(str, self.lostWorkers))
+            facts.append(("lost workers", f"{lost}: {self.rowsNotSeen:,} rows not seen, over all epochs"))
         if len(self.history):
             last = self.history.iloc[-1].drop("epoch", errors="ignore")
             facts.append(("last epoch", ", ".join(f"{name} {value:.4g}" for name, value in last.items())))
         return facts
+
+
+def summarize(result: TrainingResult, seconds: float) -> TrainingSummary:
+    """Turn the ranks' reports into the fit's summary.
+
+    Parameters
+    ----------
+    result : TrainingResult
+    seconds : float
+        Wall-clock seconds of the whole fit.
+    """
+    import pandas as pd
+
+    # All tell the same of the whole; of asynchronous workers some may be lost.
+    workers = [report for report in result.reports if "history" in report]
+    chief = workers[0]
+    epochs = chief["epoch_seconds"]
+    # The first epoch pays for tracing.
+    typical = statistics.median(epochs[1:] or epochs or [0.0])
+    for notice in {notice: None for report in result.reports for notice in report["notices"]}:
+        warnings.warn(notice, stacklevel=2)
+    rows = sum(chief["rows"])
+    servers = [report["server"] for report in result.reports if "server" in report]
+    # Gradients go between workers and servers where there are such.
+    exchange = next((report for report in result.reports if "server" in report), chief)
+    world = len(chief["rows"])
+    history = pd.DataFrame({"epoch": range(1, len(epochs) + 1), **chief["history"]})
+
+    def slowest(seconds: Callable[[dict[str, Any]], float]) -> float:
+        return max(seconds(report) for report in workers)
+
+    lost = [rank for rank, report in enumerate(result.reports) if "lost" in report]
+    seen = sum(servers[0]["rows"][rank] for rank in lost) if servers else 0
+    return TrainingSummary(
+        history=history,
+        rows=rows,
+        validationRows=sum(chief["validation_rows"]),
+        rowsPerSecond=rows / typical if typical > 0 else float("nan"),
+        seconds=seconds,
+        feedSeconds=slowest(lambda r: r["feed_seconds"]),
+        computeSeconds=slowest(lambda r: r["fit_seconds"] - r["communicate_seconds"]),
+        communicateSeconds=slowest(lambda r: r["communicate_seconds"]),
+        protocol=exchange["protocol"] if world > 1 or servers else "none",
+        protocolReason=exchange["protocol_reason"],
+        worldSize=world,
+        epochs=len(epochs),
+        stepsPerEpoch=chief["steps_per_epoch"],
+        versions=installed_versions(),
+        # It runs beside rank 0's task, which is there also where its worker is lost.
+        tensorboardUrl=result.reports[0]["tensorboard"],
+        numPs=len(servers),
+        updates=max((server["updates"] for server in servers), default=0),
+        lostWorkers=tuple(lost),
+        rowsNotSeen=int(sum(chief["rows"][rank] for rank in lost) * len(epochs) - seen),
+    )
 
 
 def _plain(value: Any) -> Any:

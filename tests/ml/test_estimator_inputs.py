@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from modes import in_both_modes, quickly_in_both_modes
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -83,7 +84,8 @@ def assert_equal_weights(one: keras.Model, other: keras.Model) -> None:
         np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6, err_msg=theirs.path)
 
 
-def test_every_kind_of_number_reaches_its_input(frame: DataFrame) -> None:
+@in_both_modes
+def test_every_kind_of_number_reaches_its_input(frame: DataFrame, mode: dict[str, Any]) -> None:
     mapping: dict[str, Any] = {
         **{name: name for name in ("b", "s", "i", "l", "f", "d", "flag", "m", "farr", "darr", "iarr", "image")},
         **{name: name for name in ("dense", "sparse", "wide")},
@@ -113,12 +115,13 @@ def test_every_kind_of_number_reaches_its_input(frame: DataFrame) -> None:
     model = keras.Model(inputs, keras.layers.Dense(1, name="exit")(joined))
     model.compile(keras.optimizers.SGD(0.01), "mse")
 
-    fitted = estimator(model, inputMapping=mapping, labelCol="y").fit(frame)
+    fitted = estimator(model, inputMapping=mapping, labelCol="y", **mode).fit(frame)
     assert_equal_weights(fitted.model, trained(model, arrays, column("y")))
     assert fitted.transform(frame).select("prediction").count() == ROWS
 
 
-def test_text_and_bytes_feed_models_that_begin_with_preprocessing(frame: DataFrame) -> None:
+@in_both_modes
+def test_text_and_bytes_feed_models_that_begin_with_preprocessing(frame: DataFrame, mode: dict[str, Any]) -> None:
     words = keras.layers.TextVectorization(max_tokens=10, output_sequence_length=3)
     words.adapt(np.array(["red green blue car"]))
     color = keras.layers.StringLookup(vocabulary=["red", "green", "blue"], output_mode="one_hot")
@@ -127,14 +130,15 @@ def test_text_and_bytes_feed_models_that_begin_with_preprocessing(frame: DataFra
     embedded = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(10, 4)(words(said)))
     model = keras.Model([said, kind], keras.layers.Dense(1)(keras.layers.Concatenate()([embedded, color(kind)])))
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    fitted = estimator(model, inputMapping={"kind": "raw", "said": "text"}, labelCol="y").fit(frame)
+    fitted = estimator(model, inputMapping={"kind": "raw", "said": "text"}, labelCol="y", **mode).fit(frame)
     texts = np.array([_row(n)[13] for n in range(ROWS)], dtype=object)
     colors = np.array([[_row(n)[14]] for n in range(ROWS)], dtype=object)
     given = [tf.constant(texts), tf.constant(colors)]
     assert_equal_weights(fitted.model, trained(model, given, BASE[:, 0]))
 
 
-def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: DataFrame) -> None:
+@quickly_in_both_modes
+def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: DataFrame, mode: dict[str, Any]) -> None:
     entry = keras.Input((3,), name="entry")
     outputs = {"value": keras.layers.Dense(1)(entry), "pair": keras.layers.Dense(2)(entry)}
     model = keras.Model(entry, outputs)
@@ -146,6 +150,7 @@ def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: D
         weightCol="w",
         validationIndicatorCol="held",
         epochs=2,
+        **mode,
     ).fit(frame)
 
     held = np.arange(ROWS) % 4 == 0
@@ -161,13 +166,16 @@ def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: D
         np.testing.assert_allclose(summary.history[name], values, rtol=1e-4, err_msg=name)
 
 
-def test_indexed_labels_of_mllib_train_a_classifier_and_columns_may_have_dots(frame: DataFrame) -> None:
+@in_both_modes
+def test_indexed_labels_of_mllib_train_a_classifier_and_columns_may_have_dots(
+    frame: DataFrame, mode: dict[str, Any]
+) -> None:
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="softmax")])
     model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", metrics=["accuracy"])
     # As StringIndexer gives them: doubles.
     label = (F.col("y") > 0).cast("double")
     renamed = frame.select(F.struct("dense").alias("nested"), label.alias("the.label"))
-    fitted = estimator(model, featuresCol="nested.dense", labelCol="the.label").fit(renamed)
+    fitted = estimator(model, featuresCol="nested.dense", labelCol="the.label", **mode).fit(renamed)
     assert_equal_weights(fitted.model, trained(model, BASE[:, :3].astype("float32"), (BASE[:, 0] > 0).astype("int64")))
 
 
@@ -275,31 +283,39 @@ SPOILED: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
 }
 
 
+@in_both_modes
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_only_the_rows_show_is_an_error_that_names_column_and_count(case: str, frame: DataFrame) -> None:
+def test_what_only_the_rows_show_is_an_error_that_names_column_and_count(
+    case: str, frame: DataFrame, mode: dict[str, Any]
+) -> None:
     params, column, expression, words = SPOILED[case]
     model = regression(4 if column == "dense" else 3)
     with pytest.raises(DataError) as caught:
-        estimator(model, labelCol="y", **params).fit(frame.withColumn(column, F.expr(expression)))
+        estimator(model, labelCol="y", **params, **mode).fit(frame.withColumn(column, F.expr(expression)))
     for word in words:
         assert word in str(caught.value)
 
 
-def test_nulls_and_nan_are_counted_over_all_workers_and_columns(frame: DataFrame, no_leftovers: Any) -> None:
+@in_both_modes
+def test_nulls_and_nan_are_counted_over_all_workers_and_columns(
+    frame: DataFrame, no_leftovers: Any, mode: dict[str, Any]
+) -> None:
     spoiled = frame.withColumn("d", F.expr("if(id % 4 = 0, null, d)")).withColumn(
         "y", F.expr("if(id % 5 = 0, double('NaN'), y)")
     )
+    three = {"labelCol": "y", "numWorkers": 3, **mode}
     with pytest.raises(DataError) as caught:
-        estimator(regression(), inputCols=["f", "d", "i"], labelCol="y", numWorkers=3).fit(spoiled)
+        estimator(regression(), inputCols=["f", "d", "i"], **three).fit(spoiled)
     features, labels = str(caught.value).splitlines()
     assert f"holds 6 nulls in the {ROWS} rows of the DataFrame: 6 in 'd'" in features
     assert f"column 'y' (label) holds 5 NaN in the {ROWS} rows of the DataFrame" in labels
-    assert estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=3).fit(frame).summary.rows == ROWS
+    assert estimator(regression(), featuresCol="farr", **three).fit(frame).summary.rows == ROWS
 
 
-def test_a_dataframe_without_rows_is_an_error(frame: DataFrame) -> None:
+@in_both_modes
+def test_a_dataframe_without_rows_is_an_error(frame: DataFrame, mode: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="Expected rows to train on"):
-        estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=1).fit(frame.where("id < 0"))
+        estimator(regression(), featuresCol="farr", labelCol="y", numWorkers=1, **mode).fit(frame.where("id < 0"))
 
 
 def test_fractions_packed_for_a_model_of_integers_are_refused_and_not_cut_off(spark: Any) -> None:

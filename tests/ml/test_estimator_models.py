@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from modes import in_both_modes, quickly_in_both_modes
 from pyspark import cloudpickle
 from pyspark.sql import DataFrame
 
@@ -48,13 +49,16 @@ def estimator(**params: Any) -> TFEstimator:
     return TFEstimator(**{"batchSize": 8, "verbose": 0, "timeout": 60.0, **params})
 
 
-def test_a_model_that_was_never_built_is_built_from_the_rows(frame: DataFrame, tmp_path: Path) -> None:
+@in_both_modes
+def test_a_model_that_was_never_built_is_built_from_the_rows(
+    frame: DataFrame, tmp_path: Path, mode: dict[str, Any]
+) -> None:
     layers = [keras.layers.Dense(8, "relu"), keras.layers.BatchNormalization(), keras.layers.Dense(1, "sigmoid")]
     model = keras.Sequential(layers)
     model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
-    # Three rows on four ranks: one of them knows the number of features from the others alone.
-    few = frame.limit(3)
-    first, again = (estimator(model=model, numWorkers=4, seed=5).fit(few) for _ in range(2))
+    # Two rows on three workers: one of them knows the number of features from the others alone.
+    few = frame.limit(2)
+    first, again = (estimator(model=model, numWorkers=3, seed=5, **mode).fit(few) for _ in range(2))
     assert not model.built
     assert not model.weights
     assert first.model.input_shape == (None, 4)
@@ -105,10 +109,15 @@ def collected(frame: DataFrame) -> np.ndarray:
     return np.array([row.features for row in frame.select("features").collect()], "float32")
 
 
-def test_one_seed_makes_bit_identical_fits_and_leaves_the_given_model_alone(frame: DataFrame) -> None:
-    model = classifier(keras.layers.Dense(8), keras.layers.Dropout(0.4), metrics=["accuracy", keras.metrics.AUC()])
+@in_both_modes
+def test_one_seed_makes_bit_identical_fits_and_leaves_the_given_model_alone(
+    frame: DataFrame, mode: dict[str, Any]
+) -> None:
+    model = classifier(
+        keras.layers.Dense(8), keras.layers.Dropout(0.4), metrics=["accuracy", keras.metrics.AUC(name="auc")]
+    )
     before, state = model.get_weights(), [v.numpy() for v in model.optimizer.variables]
-    est = estimator(model=model, numWorkers=2, epochs=3, seed=5, validationIndicatorCol="held")
+    est = estimator(model=model, numWorkers=2, epochs=3, seed=5, validationIndicatorCol="held", **mode)
     first, again, other = est.fit(frame), est.fit(frame), est.fit(frame, {est.seed: 6})
     for one, two in zip(first.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(one.numpy(), two.numpy())
@@ -176,16 +185,17 @@ def make_network() -> keras.Model:
     return network
 
 
+@in_both_modes
 def test_what_a_notebook_defines_trains_scores_and_trains_on(
-    frame: DataFrame, shipped_by_value: None, tmp_path: Path
+    frame: DataFrame, shipped_by_value: None, tmp_path: Path, mode: dict[str, Any]
 ) -> None:
-    fitted = estimator(modelFn=make_network, numWorkers=2, epochs=2).fit(frame)
+    fitted = estimator(modelFn=make_network, numWorkers=2, epochs=2, **mode).fit(frame)
     assert type(fitted.model) is Network
     assert {"loss", "mae", "rows"} <= set(fitted.summary.history.columns)
     assert fitted.transform(frame).where("prediction between 0 and 1").count() == 50
     steps = int(fitted.model.optimizer.iterations.numpy())
     assert steps == 2 * 4
-    further = estimator(model=fitted.model, numWorkers=1, batchSize=50).fit(frame)
+    further = estimator(model=fitted.model, numWorkers=1, batchSize=50, **mode).fit(frame)
     assert int(further.model.optimizer.iterations.numpy()) == steps + 1
     assert not np.array_equal(further.model.scale.factor.numpy(), fitted.model.scale.factor.numpy())
     fitted.save(f"file://{tmp_path}/network")
@@ -193,16 +203,18 @@ def test_what_a_notebook_defines_trains_scores_and_trains_on(
     np.testing.assert_array_equal(loaded.model.scale.factor.numpy(), fitted.model.scale.factor.numpy())
 
 
-def test_lambda_layers_train_and_score(frame: DataFrame) -> None:
-    fitted = estimator(model=classifier(keras.layers.Lambda(lambda t: t * 2.0))).fit(frame)
+@in_both_modes
+def test_lambda_layers_train_and_score(frame: DataFrame, mode: dict[str, Any]) -> None:
+    fitted = estimator(model=classifier(keras.layers.Lambda(lambda t: t * 2.0)), **mode).fit(frame)
     assert all(row.probability.size == 2 for row in fitted.transform(frame).collect())
     assert float(fitted.model.layers[0](np.ones(1))[0]) == 2.0
 
 
-def test_fewer_rows_than_workers_train_as_one_worker_does(frame: DataFrame, spark: Any) -> None:
+@in_both_modes
+def test_fewer_rows_than_workers_train_as_one_worker_does(frame: DataFrame, mode: dict[str, Any]) -> None:
     few = frame.limit(2).coalesce(1).cache()
     model = classifier(keras.layers.Dense(3), metrics=["mae"])
-    many = estimator(model=model, numWorkers=3, epochs=2, shuffle=False).fit(few)
+    many = estimator(model=model, numWorkers=3, epochs=2, shuffle=False, **mode).fit(few)
     one = estimator(model=model, numWorkers=1, epochs=2, shuffle=False).fit(few)
     assert many.summary.rows == one.summary.rows == 2
     for ours, theirs in zip(many.model.weights, one.model.weights, strict=True):
@@ -210,12 +222,15 @@ def test_fewer_rows_than_workers_train_as_one_worker_does(frame: DataFrame, spar
     np.testing.assert_allclose(many.summary.history.to_numpy(), one.summary.history.to_numpy(), rtol=1e-4)
 
 
-def test_callbacks_run_as_copies_and_those_that_write_only_on_the_chief(frame: DataFrame, tmp_path: Path) -> None:
+@quickly_in_both_modes
+def test_callbacks_run_as_copies_and_those_that_write_only_on_the_chief(
+    frame: DataFrame, tmp_path: Path, mode: dict[str, Any]
+) -> None:
     stopping = keras.callbacks.EarlyStopping(monitor="loss", patience=0, min_delta=10.0, restore_best_weights=True)
     log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
     checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
     model = classifier(optimizer=keras.optimizers.SGD(0.1))
-    fitted = estimator(model=model, numWorkers=2, epochs=9, callbacks=[stopping, log, checkpoint]).fit(frame)
+    fitted = estimator(model=model, numWorkers=2, epochs=9, callbacks=[stopping, log, checkpoint], **mode).fit(frame)
     # The first epoch is the best one; the second does not come near to being better by ten.
     assert len(fitted.summary.history) == 2
     assert stopping.best_weights is None

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from modes import in_both_modes
 from pyspark.ml import Pipeline
 from pyspark.ml.evaluation import BinaryClassificationEvaluator, MulticlassClassificationEvaluator
 from pyspark.ml.feature import StandardScaler, VectorAssembler
@@ -65,9 +66,12 @@ def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(
     assert all(isinstance(sub, TFModel) and sub.summary.worldSize == 2 for fold in beside.subModels for sub in fold)
 
 
-def test_functions_stand_in_a_grid_and_stages_in_a_pipeline_that_is_split(frame: DataFrame) -> None:
+@in_both_modes
+def test_functions_stand_in_a_grid_and_stages_in_a_pipeline_that_is_split(
+    frame: DataFrame, mode: dict[str, Any]
+) -> None:
     scaler = StandardScaler(inputCol="features", outputCol="scaled", withMean=True)
-    est = estimator(featuresCol="scaled")
+    est = estimator(featuresCol="scaled", **mode)
     grid = ParamGridBuilder().addGrid(est.modelFn, [maker(0.0001), maker(0.5)]).addGrid(est.epochs, [1, 4]).build()
     split = TrainValidationSplit(
         estimator=Pipeline(stages=[scaler, est]),
@@ -84,8 +88,9 @@ def test_functions_stand_in_a_grid_and_stages_in_a_pipeline_that_is_split(frame:
     assert split.transform(frame).where("prediction = label").count() > 45
 
 
-def test_param_maps_and_copies_fit_with_their_own_values(frame: DataFrame) -> None:
-    est = estimator(model=small(0.5))
+@in_both_modes
+def test_param_maps_and_copies_fit_with_their_own_values(frame: DataFrame, mode: dict[str, Any]) -> None:
+    est = estimator(model=small(0.5), **mode)
     maps = [{est.epochs: 1, est.predictionCol: "first"}, {est.epochs: 2, est.predictionCol: "second"}]
     first, second = est.fit(frame, maps)
     assert (len(first.summary.history), len(second.summary.history)) == (1, 2)

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 
 from sparktf.errors import DataError, ParamError, PersistenceError
 from sparktf.ml import payload
+from sparktf.ml.inputs import input_columns
 from sparktf.ml.model import TFModel
 
 
@@ -168,8 +169,9 @@ def test_classes_defined_in_the_drivers_script_reach_the_workers(frame: Any) -> 
 def test_large_models_travel_once(frame: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payload, "_INLINE_BYTES", 0)
     model = TFModel.fromKeras(dense(1))
-    first = model._task([], [], frame).archive
-    assert model.copy()._task([], [], frame).archive is first
+    inputs = input_columns(model, frame.schema)
+    first = model._task(inputs, [], frame).archive
+    assert model.copy()._task(inputs, [], frame).archive is first
     assert None not in by_id(model.transform(frame), "prediction")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -53,6 +55,7 @@ def test_whole_numbers_of_every_kind_are_taken_as_int(params: _TFEstimatorParams
         ("protocol", "http"),
         ("compression", "zip"),
         ("verbose", 3),
+        ("logDir", ""),
         ("inputCols", []),
         ("inputMapping", {}),
     ],
@@ -69,6 +72,8 @@ def test_a_value_out_of_range_is_refused_by_name(params: _TFEstimatorParams, nam
         ("batchSize", "8"),
         ("epochs", 1.5),
         ("shuffle", 1),
+        ("tensorboard", 1),
+        ("logDir", 1),
         ("model", 3),
         ("model", network),
         ("modelFn", "fn"),
@@ -85,13 +90,9 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(params: _TFEstimatorParams
         params._set(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("mode", "async")],
-)
-def test_what_is_not_there_yet_lists_what_is(params: _TFEstimatorParams, name: str, value: str) -> None:
-    with pytest.raises(ParamError, match=f"{name}: '{value}' .*not available.*Available: '"):
-        params._set(**{name: value})
+def test_a_log_dir_may_be_a_path_object(params: _TFEstimatorParams) -> None:
+    assert params.setLogDir(Path("/logs") / "fit").getLogDir() == "/logs/fit"
+    assert params.setLogDir("s3://bucket/logs").getLogDir() == "s3://bucket/logs"
 
 
 def test_set_keeps_our_own_errors(params: _TFEstimatorParams) -> None:
@@ -132,6 +133,8 @@ def test_explain_params_prints_no_weights(params: _TFEstimatorParams) -> None:
     text = params.explainParams()
     assert "Sequential 'net' (8 parameters)" in text
     assert "EarlyStopping" in text
+    assert "logDir: where the chief logs for TensorBoard" in text
+    assert "tensorboard: run TensorBoard beside the chief" in text
     assert "object at 0x" not in text
     assert max(len(line) for line in text.splitlines()) < 400
 

@@ -140,10 +140,12 @@ def test_models_live_in_pipelines_pipeline_models_and_cross_validators(frame: An
 def test_an_estimator_comes_back_with_its_compiled_model(spark: Any, tmp_path: Path) -> None:
     model = network()
     trainer = Trainer()._set(model=model, batchSize=5, inputMapping={"x": ["a", "b"]}, timeout=9.0)
+    trainer._set(logDir="hdfs://logs/fit", tensorboard=True)
     trainer.save(str(tmp_path / "e"))
     loaded = Trainer.load(str(tmp_path / "e"))
     assert loaded.uid == trainer.uid
     assert (loaded.getBatchSize(), loaded.getTimeout()) == (5, 9.0)
+    assert (loaded.getLogDir(), loaded.getTensorboard()) == ("hdfs://logs/fit", True)
     assert loaded.getInputMapping() == {"x": ["a", "b"]}
     assert loaded.getModel().loss == "mse"
     for before, after in zip(model.get_weights(), loaded.getModel().get_weights(), strict=True):
