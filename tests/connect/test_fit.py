@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,29 @@ def test_a_pipeline_fits_scores_saves_and_loads(rows: Any, tmp_path: Path) -> No
     assert {row.prediction for row in ours} == {0.0, 1.0}
 
 
+def test_an_asynchronous_fit_goes_on_without_a_lost_worker(rows: Any) -> None:
+    fitted = _estimator(
+        inputCols=["a", "b", "c"], mode="async", numWorkers=2, callbacks=[_Killed(0)], epochs=4, timeout=60.0
+    ).fit(rows)
+    summary = fitted.summary
+    assert (summary.worldSize, summary.numPs, list(summary.lostWorkers)) == (2, 1, [0])
+    assert summary.rowsNotSeen > 0
+    assert list(summary.history.epoch) == [1, 2, 3, 4]
+    assert {row.prediction for row in fitted.transform(rows).collect()} == {0.0, 1.0}
+
+
+class _Killed(keras.callbacks.Callback):
+    """Kills one worker as its second epoch begins."""
+
+    def __init__(self, worker: int) -> None:
+        super().__init__()
+        self.worker = worker
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1 and self.model._sparktf.communicator.rank == self.worker:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_model_and_estimator_are_saved_and_loaded_alone(rows: Any, tmp_path: Path) -> None:
     estimator = _estimator(inputCols=["a", "b", "c"])
     fitted = estimator.fit(rows)
@@ -64,6 +89,12 @@ def test_model_and_estimator_are_saved_and_loaded_alone(rows: Any, tmp_path: Pat
     again = TFEstimator.load(str(tmp_path / "estimator")).fit(rows)
     for ours, theirs in zip(fitted.model.get_weights(), again.model.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_tensorboard_runs_beside_a_chief_that_does_not_reach_the_driver(rows: Any, tmp_path: Path) -> None:
+    fitted = _estimator(inputCols=["a", "b", "c"], tensorboard=True, logDir=tmp_path).fit(rows)
+    assert fitted.summary.tensorboardUrl.startswith("http://")
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 def test_bad_columns_are_named_before_the_job(rows: Any) -> None:

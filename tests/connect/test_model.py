@@ -13,6 +13,7 @@ from pyspark.ml.feature import VectorAssembler
 
 from sparktf.errors import PersistenceError
 from sparktf.ml import chunks, payload
+from sparktf.ml.inputs import input_columns
 from sparktf.ml.model import TFModel
 
 
@@ -55,5 +56,6 @@ def test_a_model_lives_in_a_pipeline(frame: Any, tmp_path: Path) -> None:
 def test_a_model_too_large_for_a_message_travels_as_a_file(frame: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payload, "_CONNECT_INLINE_BYTES", 0)
     model = TFModel.fromKeras(network(), inputCols=["a", "b"])
-    assert isinstance(model._task([], [], frame).archive, payload.SessionFile)
+    inputs = input_columns(model, frame.schema)
+    assert isinstance(model._task(inputs, [], frame).archive, payload.SessionFile)
     assert len(rows(model, frame)) == 5

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import psutil
 import pytest
 from failing import Break
 
-from sparktf.errors import DataError, NodeError, SlotsError, TransportError, TransportTimeoutError
+from sparktf.errors import ClusterError, DataError, NodeError, SlotsError, TransportError, TransportTimeoutError
 from sparktf.ml import TFEstimator
 
 PROMISED_SECONDS = 10.0
@@ -65,6 +67,19 @@ def test_an_exception_on_one_rank_reaches_the_driver_and_the_session_fits_again(
     assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
 
 
+def test_an_asynchronous_fit_has_its_server_in_an_executor_of_its_own(rows: Any, no_leftovers: Any) -> None:
+    fitted = _estimator(mode="async", numWorkers=1, epochs=4).fit(rows)
+    assert (fitted.summary.worldSize, fitted.summary.numPs, fitted.summary.updates) == (1, 1, 4 * 10)
+    assert fitted.summary.history.loss.iloc[-1] < fitted.summary.history.loss.iloc[0]
+
+
+def test_an_asynchronous_fit_whose_only_worker_is_lost_says_so(spark: Any, rows: Any, no_leftovers: Any) -> None:
+    before = _executors(spark)
+    with pytest.raises(ClusterError, match=r"received none. Lost: worker 0: killed by signal 9"):
+        _estimator(mode="async", numWorkers=1, callbacks=[Break(0, "SIGKILL")]).fit(rows)
+    assert _executors(spark) == before
+
+
 def test_nulls_in_one_partition_are_an_error_that_no_executor_pays_for(spark: Any, rows: Any) -> None:
     before = _executors(spark)
     with pytest.raises(DataError, match=r"'label' \(label\) holds 1 null in the 301 rows of the DataFrame"):
@@ -79,6 +94,21 @@ def test_a_killed_node_is_named_in_time_and_the_session_fits_again(spark: Any, r
     assert caught.value.rank == 1
     assert _executors(spark) == before
     assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
+
+
+def test_a_killed_chief_takes_its_tensorboard_along(rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(NodeError, match="Rank 0 was lost"):
+        _estimator(tensorboard=True, logDir=tmp_path, callbacks=[Break(0, "SIGKILL")]).fit(rows)
+    assert (tmp_path / "train").is_dir()
+
+    def servers() -> list[psutil.Process]:
+        # Of those that have ended meanwhile there is no command line.
+        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or [])]
+
+    deadline = time.monotonic() + PROMISED_SECONDS
+    while servers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not servers()
 
 
 def test_a_stopped_node_is_named_within_the_timeout(rows: Any) -> None:

@@ -1,21 +1,30 @@
 """The rdma protocol on a device: what it computes, and that it costs what it promises."""
 
 import json
+import os
+import resource
 import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from steps import take_step
 
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf.errors import ParamError, ProtocolError, TransportError  # noqa: E402
-from sparktf.transport import Settings  # noqa: E402
+from sparktf.transport import Settings, rdma_device, survey  # noqa: E402
+from sparktf.transport.rdma import preflight  # noqa: E402
+from sparktf.transport.rdma_adapter import Adapter, close_channel, open_channel  # noqa: E402
 from sparktf.transport.rdma_link import RdmaLink  # noqa: E402
 from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
 
 KIB, MIB = 1024, 1024 * 1024
+NOBODY = 65534
+IN_OUR_MACHINE = pytest.mark.skipif(
+    not Path("/sys/class/infiniband/rxe2").exists(), reason="only the virtual machine has such a device"
+)
 
 
 class TestRdma(TransportConformance):
@@ -65,12 +74,7 @@ def test_nothing_is_registered_after_the_first_step():
         bucket = comm.allocate(300_000, np.float32)
         counts = []
         for step in range(101):
-            bucket[:] = step
-            comm.all_reduce(bucket, "mean")
-            comm.all_reduce(np.full(200_000, step, np.float32), "mean")
-            comm.all_reduce(np.ones(3, np.float32))
-            assert bucket[-1] == step
-            counts.append(comm.stats.registrations)
+            counts.append(take_step(comm, bucket, step))
             if step in (0, 100):
                 # What the kernel says, while nobody is between two steps.
                 comm.barrier()
@@ -148,14 +152,88 @@ def test_the_device_is_left_as_it_was_found():
         assert resources() == before
 
 
-def test_auto_takes_rdma_where_every_rank_has_it():
-    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason))[0]
+def test_channels_are_told_apart_while_others_come_and_go():
+    found, lock, failed = set(), threading.Lock(), []
+
+    def come_and_go():
+        adapter = Adapter(Settings())
+        try:
+            for _ in range(30):
+                channel, descriptor = open_channel(adapter)
+                with lock:
+                    assert descriptor not in found
+                    found.add(descriptor)
+                assert "infinibandevent" in os.readlink(f"/proc/self/fd/{descriptor}")
+                assert not os.get_blocking(descriptor)
+                with lock:
+                    found.remove(descriptor)
+                    close_channel(channel)
+        except BaseException as exc:
+            failed.append(exc)
+        finally:
+            adapter.close()
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_what_a_rank_tells_another_does_not_grow_with_the_world(monkeypatch):
+    # One card fits, two do not.
+    monkeypatch.setattr(survey, "_LIMIT", 320)
+    assert run_threads("rdma", 4, lambda comm: float(comm.all_reduce(np.ones(100_000))[-1])) == [4.0] * 4
+
+
+def test_auto_takes_rdma_between_machines_where_every_rank_has_it():
+    apart = [Settings(host_id="a"), Settings(host_id="b")]
+    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=apart)[0]
     assert protocol == "rdma"
     assert "every rank" in reason
-    alone = [Settings(), Settings(rdma_device="none0")]
+    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason))[0]
+    assert protocol == "shm"
+    assert "memory of one machine, which is nearer than RDMA" in reason
+    alone = [Settings(host_id="a"), Settings(rdma_device="none0", host_id="b")]
     protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=alone)[0]
-    assert protocol != "rdma"
+    assert protocol == "tcp"
     assert "rank 1: " in reason
+
+
+@IN_OUR_MACHINE
+def test_ports_of_different_networks_are_an_error_on_every_rank_and_auto_goes_another_way():
+    apart = [Settings(rdma_device="rxe0", host_id="a"), Settings(rdma_device="rxe2", host_id="b")]
+    for outcome in run_threads("rdma", 2, lambda comm: None, settings=apart):
+        assert isinstance(outcome, ProtocolError)
+        assert "rank 0 cannot use RDMA" in str(outcome)
+    outcomes = run_threads(
+        "auto", 2, lambda comm: (comm.protocol, comm.reason, comm.all_reduce(np.ones(1))[0]), settings=apart
+    )
+    assert all(outcome[0] == "tcp" and outcome[2] == 2 for outcome in outcomes)
+    assert all("no RDMA (rank 0 cannot use RDMA" in outcome[1] for outcome in outcomes)
+
+
+def test_too_little_memory_to_lock_sends_auto_another_way(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64 * KIB, 64 * KIB))
+    monkeypatch.setattr(rdma_device, "_may_lock_any", lambda: False)
+    apart = [Settings(host_id="a"), Settings(host_id="b")]
+    protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=apart)[1]
+    assert protocol == "tcp"
+    assert "MiB of locked memory" in reason
+
+
+@IN_OUR_MACHINE
+def test_a_device_that_may_not_be_opened_is_named():
+    # As in a container that sees the host's devices and was not given them.
+    (node,) = [p.parent.name for p in Path("/sys/class/infiniband_verbs").glob("*/ibdev") if p.read_text() == "rxe2\n"]
+    path = Path("/dev/infiniband", node)
+    path.chmod(0o600)
+    os.seteuid(NOBODY)
+    try:
+        assert "rxe2 cannot be opened: " in preflight(Settings(rdma_device="rxe2"))
+    finally:
+        os.seteuid(0)
 
 
 def test_a_device_that_is_not_there_is_an_error_on_every_rank():
@@ -166,7 +244,7 @@ def test_a_device_that_is_not_there_is_an_error_on_every_rank():
     assert "Expected: none0. Received: " in str(second)
 
 
-@pytest.mark.skipif(not Path("/sys/class/infiniband/rxe1").exists(), reason="only the virtual machine has such a port")
+@IN_OUR_MACHINE
 def test_a_port_that_is_down_is_named():
     outcomes = run_threads("rdma", 2, lambda comm: None, settings=[Settings(rdma_device="rxe1")] * 2)
     assert all(isinstance(outcome, ProtocolError) for outcome in outcomes)

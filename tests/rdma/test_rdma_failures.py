@@ -18,7 +18,7 @@ def outcomes_of(spoil):
     def main(comm):
         comm.barrier()
         if comm.rank == 0:
-            spoil(comm._rdma_links[1])
+            spoil(comm._fabric.links[1])
         comm.all_reduce(np.ones(1_000_000, np.float32))
 
     return run_threads("rdma", 2, main)
@@ -53,8 +53,8 @@ def test_a_write_beyond_the_region_is_refused_by_the_peers_device():
 
 def test_a_work_request_over_the_limit_is_refused_before_it_is_posted():
     def main(comm):
-        link = comm._rdma_links[1 - comm.rank]
-        limit = comm._adapter.port.longest_request
+        link = comm._fabric.links[1 - comm.rank]
+        limit = comm._fabric._adapter.port.longest_request
         assert 0 < limit <= 1 << 20
         with pytest.raises(TransportError, match=rf"at most {limit} bytes.*Received: {limit + 1}"):
             link._pair.write(link._own_slots.here, limit + 1, link._peer_slots, None, signal=True)

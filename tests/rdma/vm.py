@@ -1,9 +1,10 @@
 """Run a command on a machine with an RDMA device: on this one where it has one, else on a virtual one.
 
-    python tests/rdma/vm.py [--timeout 600] [--java] COMMAND ...
+    python tests/rdma/vm.py [--timeout 600] [--java] [--pyverbs 59.0] COMMAND ...
 
 The virtual machine boots Debian's kernel in QEMU over this machine's root file system, read-only under a layer
 that is thrown away: every program and virtual environment here is there too. In it ``rxe0`` is a Soft-RoCE device.
+pyverbs is the distribution's, or a version of PyPI's with the rdma-core that belongs to it (``vm_pyverbs.py``).
 The exit status is the command's own; 124: it ran past the timeout; 125: the machine did not come up.
 """
 
@@ -21,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_image import CACHE, HERE, Image, build_image, install_packages, pyverbs_directory
+from vm_image import CACHE, HERE, PACKAGES, Image, build_image, install_packages, pyverbs_directory
+from vm_pyverbs import built_pyverbs
 
 TIMED_OUT, NOT_BOOTED = 124, 125
 _KVM_SECONDS = 30.0
@@ -70,9 +72,9 @@ class Machine:
         ]
 
 
-def run_here(command: list[str], timeout: float) -> int:
-    """Run the command on this machine, with the distribution's pyverbs where Python has none of its own."""
-    environment = {**os.environ, "PYTHONPATH": _python_path()}
+def run_here(command: list[str], timeout: float, pyverbs: Path) -> int:
+    """Run the command on this machine, with the pyverbs in that directory where Python has none of its own."""
+    environment = {**os.environ, "PYTHONPATH": _python_path(pyverbs)}
     try:
         return subprocess.run(command, env=environment, timeout=timeout, check=False).returncode
     except subprocess.TimeoutExpired:
@@ -89,13 +91,15 @@ def kvm_works() -> bool:
     return answer.read_text() == "works"
 
 
-def run_in_machine(command: list[str], machine: Machine, timeout: float, *, quiet: bool = False) -> int:
+def run_in_machine(
+    command: list[str], machine: Machine, timeout: float, pyverbs: Path | None = None, *, quiet: bool = False
+) -> int:
     """Boot a virtual machine for one command; its output goes to ours, or nowhere."""
     image = build_image()
     control = Path(tempfile.mkdtemp(prefix="sparktf-vm-"))
     try:
         shutil.copy(HERE / "vm_guest.sh", control / "guest.sh")
-        (control / "command.sh").write_text(_script(command, machine))
+        (control / "command.sh").write_text(_script(command, machine, pyverbs))
         begin = time.monotonic()
         nowhere = subprocess.DEVNULL if quiet else None
         emulator = subprocess.Popen(
@@ -119,17 +123,17 @@ def _say(text: str, quiet: bool) -> None:
         print(f"vm: {text}", file=sys.stderr)
 
 
-def _script(command: list[str], machine: Machine) -> str:
+def _script(command: list[str], machine: Machine, pyverbs: Path | None) -> str:
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith("SPARKTF_")}
-    kept |= {"PYTHONPATH": _python_path(), "TERM": "dumb"}
+    kept |= {"PYTHONPATH": _python_path(pyverbs), "TERM": "dumb"}
     if machine.emulated:
         kept = _EMULATED | kept
     exports = [f"export {name}={shlex.quote(value)}" for name, value in kept.items()]
     return "\n".join([*exports, f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(command)}\n"])
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(pyverbs_directory())]))
+def _python_path(pyverbs: Path | None) -> str:
+    return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), pyverbs and str(pyverbs)]))
 
 
 def _status(control: Path) -> int:
@@ -146,17 +150,21 @@ def main() -> int:
     parser.add_argument("--java", action="store_true", help="the command runs Java")
     parser.add_argument("--processors", type=int, default=2)
     parser.add_argument("--memory", default="6G", help="gigabytes, for what is written to files too")
+    parser.add_argument("--pyverbs", metavar="VERSION", help="of PyPI's, instead of the distribution's")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     # As an exception, so that the emulator is ended with this process.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
-        return run_here(options.command, options.timeout)
-    install_packages()
+    here = Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir())
+    if not here:
+        install_packages(PACKAGES)
+    pyverbs = built_pyverbs(options.pyverbs) if options.pyverbs else pyverbs_directory()
+    if here:
+        return run_here(options.command, options.timeout, pyverbs)
     # Java under emulation survives only where one thread emulates all processors; all else is faster with many.
     emulator = f"tcg,tb-size=1024,thread={'single' if options.java else 'multi'}"
     machine = Machine("kvm" if kvm_works() else emulator, options.processors, options.memory)
-    return run_in_machine(options.command, machine, options.timeout)
+    return run_in_machine(options.command, machine, options.timeout, pyverbs)
 
 
 if __name__ == "__main__":

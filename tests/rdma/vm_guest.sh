@@ -18,15 +18,25 @@ ip link set rdma0 mtu 4200
 ip addr add 10.77.0.1/24 dev rdma0
 ip link set rdma0 up
 rdma link add rxe0 type rxe netdev rdma0
-# The GID of the IPv4 address appears a moment after the device.
-for _ in $(seq 100); do
-  grep -q 'ffff:0a4d:0001' /sys/class/infiniband/rxe0/ports/1/gids/1 2>/dev/null && break
-  sleep 0.1
-done
 
 # A second device whose port is down, as of a cable that is not plugged in.
 ip link add rdma1 type dummy
 rdma link add rxe1 type rxe netdev rdma1
+
+# A third whose port is active, in a network that does not lead to the first.
+ip link add rdma2 type dummy
+ip link set rdma2 mtu 4200
+ip addr add 10.78.0.1/24 dev rdma2
+ip link set rdma2 up
+rdma link add rxe2 type rxe netdev rdma2
+
+# The GID of an IPv4 address appears a moment after the device.
+for device in rxe0:0a4d rxe2:0a4e; do
+  for _ in $(seq 100); do
+    grep -q "ffff:${device#*:}:0001" "/sys/class/infiniband/${device%:*}/ports/1/gids/1" 2>/dev/null && break
+    sleep 0.1
+  done
+done
 
 touch /run/vm/started
 setsid bash /run/vm/command.sh </dev/null

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / ".cache" / "rdma"
 PYVERBS = Path("/usr/lib/python3/dist-packages/pyverbs")
 
-# pyverbs comes from the distribution, as it must fit the libibverbs of the machine that it runs on.
-_PACKAGES = ("qemu-system-x86", "python3-pyverbs", "ibverbs-providers", "rdma-core", "iproute2")
+# pyverbs comes from the distribution unless another is asked for, as it must fit the machine's libibverbs.
+PACKAGES = ("qemu-system-x86", "python3-pyverbs", "ibverbs-providers", "rdma-core", "iproute2")
 # With what they depend on. Soft-RoCE asks the kernel for its checksum, which then looks for a modprobe that the
 # first file system lacks; so that module goes ahead of it.
 _MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "dummy", "crc32_generic", "rdma_rxe")
@@ -40,15 +41,15 @@ class Image:
     initrd: Path
 
 
-def install_packages() -> None:
-    """Install what is missing of the distribution's packages; only root can.
+def install_packages(names: Sequence[str]) -> None:
+    """Install what is missing of these packages of the distribution; only root can.
 
     Raises
     ------
     SystemExit
         A package is missing and cannot be installed; says which.
     """
-    missing = [name for name in _PACKAGES if not _installed(name)]
+    missing = [name for name in names if not _installed(name)]
     if not missing:
         return
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
