@@ -62,17 +62,33 @@ class TestStoredOutputs:
         assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_sql_to_training_runs_and_its_network_holds_its_own_against_logistic_regression(tmp_path: Path) -> None:
-    (path,) = [p for p in NOTEBOOKS if p.stem == "sql_to_training"]
+def executed(name: str, directory: Path) -> tuple[Any, Any]:
+    """Run a notebook in a kernel of its own; return it, and the value of its last cell."""
+    (path,) = [p for p in NOTEBOOKS if p.stem == name]
     notebook = nbformat.read(path, as_version=4)
     # A working directory of its own: nothing of a run stays in the repository.
-    resources = {"metadata": {"path": str(tmp_path)}}
+    resources = {"metadata": {"path": str(directory)}}
     nbclient.NotebookClient(notebook, timeout=570, kernel_name="python3", resources=resources).execute()
-
     (result,) = [o for o in notebook.cells[-1].outputs if o.output_type == "execute_result"]
-    auc = ast.literal_eval(result.data["text/plain"])
+    return notebook, ast.literal_eval(result.data["text/plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_programs_nodes_speak_below_the_cell_that_starts_them(tmp_path: Path) -> None:
+    notebook, accuracy = executed("program_in_a_notebook", tmp_path)
+    assert accuracy > 0.9
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("nodes = run(main")]
+    assert {output.name for output in cell.outputs} == {"stdout"}
+    said = "".join(output.text for output in cell.outputs)
+    for node in ("rank 0 (chief)", "rank 1 (worker 0)"):
+        assert f"[{node}] epoch 12  loss 0." in said
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_sql_to_training_runs_and_its_network_holds_its_own_against_logistic_regression(tmp_path: Path) -> None:
+    _, auc = executed("sql_to_training", tmp_path)
     # The stored run has 0.691 and 0.686; another machine's rounding may move either in the third place.
     assert auc["TFEstimator"] > 0.67
     assert auc["TFEstimator"] > auc["logistic regression"] - 0.01
