@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from link import slow_link
+from peers.environment import make_environment
 
 HERE = Path(__file__).parent
 WORKER = HERE / "peers" / "worker.py"
-PEERS = HERE / "peers" / ".venv" / "bin" / "python"
+PEERS = HERE / "peers"
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (4 * KIB, 256 * KIB, 4 * MIB, 64 * MIB, 256 * MIB)
 CONTENDERS = ("tcp", "shm", "shm, any array", "gloo", "grpc", "memory", "raw tcp")
@@ -51,7 +52,7 @@ class Group:
 
     def __init__(self, kind: str, size: int, prefixes: Sequence[list[str]], hosts: Sequence[str]) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        python = str(PEERS) if kind == "gloo" else sys.executable
+        python = str(PEERS / ".venv" / "bin" / "python") if kind == "gloo" else sys.executable
         self._processes = []
         for rank in range(size):
             # What is on the path beside the project may hold the distribution's pyverbs.
@@ -128,17 +129,6 @@ def report(size: int, nbytes: int, results: dict[str, list[tuple[float, float]]]
     return summary
 
 
-def make_peers() -> bool:
-    """Make the environment that gloo comes from; return whether it is there."""
-    if not PEERS.exists():
-        print("making benchmarks/peers/.venv (torch, 200 MB) ...", flush=True)
-        directory = PEERS.parent.parent
-        if subprocess.run([sys.executable, "-m", "venv", str(directory)]).returncode == 0:
-            requirements = ["-r", str(HERE / "peers" / "requirements.txt")]
-            subprocess.run([str(PEERS), "-m", "pip", "install", "--quiet", *requirements])
-    return subprocess.run([str(PEERS), "-c", "import torch"], capture_output=True).returncode == 0
-
-
 def compare_on_link(kinds: list[str], rounds: int) -> list[dict[str, Any]]:
     """Print the share of the bound of a 1 Gbit/s link that each contender reaches with 64 MiB and two ranks."""
     nbytes = 64 * MIB
@@ -167,7 +157,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write all figures")
     arguments = parser.parse_args()
     kinds = list(arguments.contenders)
-    if "gloo" in kinds and not make_peers():
+    if "gloo" in kinds and make_environment(PEERS, "torch", "torch, 200 MB") is None:
         print("without gloo: torch could not be installed", flush=True)
         kinds.remove("gloo")
     summaries: list[dict[str, Any]] = []
