@@ -1,12 +1,14 @@
 # make setup   build .venv from requirements/lock.txt (done by the other targets as well)
 # make demo    the main job on real data: train on two workers, save, load, score
 # make test    all tests; make lint: ruff, mypy and the layering test
+# make test-long      the tests that take minutes; make test leaves them out
 # make test-rdma      the tests that need an RDMA device, on a virtual machine where there is none; some 5 minutes
-# make test-rdma-fit  a whole fit over RDMA there; some 10 minutes
+# make test-rdma-fit  a whole fit over RDMA there, and parameter servers; some 15 minutes
+#                     make test-rdma PYVERBS=59.0: with that pyverbs of PyPI and its rdma-core, built once, not Debian's
 # make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
 # make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rdma test-rdma-fit lint lock notebooks bench clean
+.PHONY: help setup demo test test-long test-rdma test-rdma-fit lint lock notebooks bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -17,8 +19,11 @@ PYTEST := $(BIN)/python -m pytest
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Of all scripts but the one that needs ten gigabytes of memory, and the one that boots a virtual machine.
 BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/link.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
+# With TensorFlow, which takes minutes where the machine is emulated.
+RDMA_FITS := tests/rdma/test_rdma_fit.py tests/rdma/test_rdma_servers.py
+PYVERBS_OPTION := $(addprefix --pyverbs ,$(PYVERBS))
 # Extras that the lock holds: all that tests, notebooks and the demo use.
-EXTRAS := local connect tls test notebooks
+EXTRAS := local connect tls tensorboard test notebooks
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -46,11 +51,15 @@ test: $(STAMP)
 	done; \
 	exit $$failed
 
+test-long: $(STAMP)
+	@$(PYTEST) tests -m long --timeout 900 --ignore tests/local_cluster --ignore tests/connect
+
 test-rdma: $(STAMP)
-	@$(BIN)/python tests/rdma/vm.py --timeout 1200 $(PYTEST) tests/rdma --ignore tests/rdma/test_rdma_fit.py
+	@$(BIN)/python tests/rdma/vm.py $(PYVERBS_OPTION) --timeout 1200 $(PYTEST) tests/rdma $(foreach fit,$(RDMA_FITS),--ignore $(fit))
 
 test-rdma-fit: $(STAMP)
-	@$(BIN)/python tests/rdma/vm.py --timeout 1800 --java --memory 8G $(PYTEST) tests/rdma/test_rdma_fit.py
+	@$(BIN)/python tests/rdma/vm.py $(PYVERBS_OPTION) --timeout 1800 --java --memory 8G $(PYTEST) tests/rdma/test_rdma_fit.py
+	@$(BIN)/python tests/rdma/vm.py $(PYVERBS_OPTION) --timeout 1200 $(PYTEST) tests/rdma/test_rdma_servers.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -66,7 +75,7 @@ lock: $(STAMP)
 notebooks: $(STAMP)
 	@for notebook in $(NOTEBOOKS); do \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	    --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
+	    --ExecutePreprocessor.record_timing=False --coalesce-streams $$notebook || exit 1; \
 	done
 
 bench: $(STAMP)
