@@ -10,8 +10,8 @@ import numpy as np
 
 from sparktf.transport import Communicator
 
-RANKS, BATCH = 8, 2048
-DIM, ROWS = 256, 1 << 20
+RANKS, BATCH = 8, 1024
+DIM, ROWS = 512, 1 << 20
 TABLE_BYTES = ROWS * DIM * 4
 LIMIT_BYTES = TABLE_BYTES // 4
 """What a process may take beyond what TensorFlow, its threads and a first small fit have taken."""
