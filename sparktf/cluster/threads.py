@@ -78,11 +78,12 @@ def start_tensorflow(threads: int, ops: int | None = None) -> int:
 
 @contextmanager
 def _without_optional_imports() -> Iterator[None]:
-    """Keep Keras from importing what it only uses to draw pictures and to wrap models for scikit-learn.
+    """Keep Keras from importing what it only uses to draw pictures, in notebooks and to wrap models for scikit-learn.
 
-    Where they are installed they take two of five seconds of a worker's start. Others can import them afterwards.
+    Where they are installed they take almost half of the import's time. Others can import them afterwards.
     """
-    held = [name for name in ("matplotlib", "sklearn") if name not in sys.modules and "keras" not in sys.modules]
+    optional = ("matplotlib", "sklearn", "IPython")
+    held = [name for name in optional if name not in sys.modules and "keras" not in sys.modules]
     # None makes an import fail as that of a package which is not there.
     sys.modules.update(dict.fromkeys(held))  # type: ignore[arg-type]  # None is what the import system asks for
     try:
