@@ -8,7 +8,7 @@
 # make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
 # make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-rdma test-rdma-fit lint lock notebooks bench clean
+.PHONY: help setup demo test test-local-cluster test-connect test-long test-rdma test-rdma-fit lint lock notebooks bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -16,6 +16,8 @@ STAMP := .venv/.installed
 # The machine's certificates where it has them: a company's proxy is trusted by them, not by uv's own list.
 UV := $(BIN)/uv --quiet --no-progress $(if $(wildcard /etc/ssl/certs/ca-certificates.crt),--system-certs)
 PYTEST := $(BIN)/python -m pytest
+# Whole files of tests at the same time, each process with a Spark of its own: some 3 GB of memory each.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Of all scripts but the one that needs ten gigabytes of memory, and the one that boots a virtual machine.
 BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/link.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
@@ -44,12 +46,12 @@ demo: $(STAMP)
 # One process holds one Spark, so each kind of Spark has a pytest of its own; all run, then failures count.
 test: $(STAMP)
 	@failed=0; \
-	run() { echo "== pytest $$*"; $(PYTEST) "$$@" || failed=1; }; \
-	run tests --ignore tests/local_cluster --ignore tests/connect; \
-	for group in tests/local_cluster tests/connect; do \
-	  if [ -d $$group ]; then run $$group; fi; \
-	done; \
+	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore tests/local_cluster --ignore tests/connect || failed=1; \
+	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync test-local-cluster test-connect || failed=1; \
 	exit $$failed
+
+test-local-cluster test-connect: test-%: $(STAMP)
+	@$(PYTEST) tests/$(subst -,_,$*)
 
 test-long: $(STAMP)
 	@$(PYTEST) tests -m long --timeout 900 --ignore tests/local_cluster --ignore tests/connect

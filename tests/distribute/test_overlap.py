@@ -173,7 +173,7 @@ def test_gradients_that_are_accumulated_are_reduced_once_an_update(optimizer: An
     assert _reductions(lambda: optimizer(4)) == 6
 
 
-@pytest.mark.parametrize("optimizer", [_accumulating, _scaled])
+@pytest.mark.parametrize("optimizer", [_accumulating, pytest.param(_scaled, marks=pytest.mark.long)])
 def test_what_was_accumulated_when_a_fit_ended_is_neither_lost_nor_counted_twice(
     tmp_path: Path, optimizer: Any
 ) -> None:

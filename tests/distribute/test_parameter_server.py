@@ -42,7 +42,7 @@ def _fit(x: np.ndarray, y: np.ndarray, workers: int, epochs: int, batch: int = 1
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
 def test_asynchronous_sgd_comes_as_near_as_sync_on_a_convex_problem(workers: int, seed: int) -> None:
     x, y = _data(seed)
     main = _fit(x, y, workers, epochs=20, batch=8)

@@ -10,4 +10,3 @@ _SYNC, _ASYNC = {"mode": "sync"}, {"mode": "async", "maxStaleness": 0}
 in_both_modes = pytest.mark.parametrize(
     "mode", [pytest.param(_SYNC, id="sync"), pytest.param(_ASYNC, id="async", marks=pytest.mark.long)]
 )
-quickly_in_both_modes = pytest.mark.parametrize("mode", [_SYNC, _ASYNC], ids=["sync", "async"])

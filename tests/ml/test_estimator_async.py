@@ -84,7 +84,7 @@ class Break(keras.callbacks.Callback):
             os.kill(os.getpid(), getattr(signal, self.how))
 
 
-@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("worker", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_worker_does_not_end_the_fit_and_the_summary_tells_what_it_missed(
     frame: DataFrame, worker: int, no_leftovers: Any
 ) -> None:
@@ -118,6 +118,7 @@ def test_an_exception_on_a_worker_ends_the_fit_with_its_traceback(frame: DataFra
     assert caught.value.rank == 1
 
 
+@pytest.mark.long
 def test_a_stopped_worker_is_named_after_the_timeout(frame: DataFrame, no_leftovers: Any) -> None:
     with pytest.raises(TransportTimeoutError, match="worker 1"):
         estimator(model=classifier(), callbacks=[Break(1, "SIGSTOP")], timeout=12.0).fit(frame)
@@ -150,7 +151,7 @@ def _breaking_server(path: str, how: int) -> Callable[[], keras.Model]:
     return make
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_server_that_ends_or_hangs_is_an_error_that_names_it(
     frame: DataFrame, tmp_path: Path, how: signal.Signals, no_leftovers: Any
 ) -> None:

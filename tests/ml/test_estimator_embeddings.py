@@ -63,9 +63,19 @@ def estimator(**params: Any) -> TFEstimator:
 
 
 ON_SERVERS = {"mode": "async", "maxStaleness": 0, "numPs": 2}
+in_both_modes = pytest.mark.parametrize(
+    "mode", [pytest.param({}, id="sync"), pytest.param(ON_SERVERS, id="async", marks=pytest.mark.long)]
+)
 
 
-@pytest.mark.parametrize(("workers", "mode"), [(1, {}), (3, {}), (2, ON_SERVERS)], ids=["alone", "sync", "async"])
+@pytest.mark.parametrize(
+    ("workers", "mode"),
+    [
+        pytest.param(1, {}, id="alone", marks=pytest.mark.long),
+        pytest.param(3, {}, id="sync"),
+        pytest.param(2, ON_SERVERS, id="async"),
+    ],
+)
 def test_a_fit_is_that_of_keras_own_embedding_on_one_process(
     frame: DataFrame, workers: int, mode: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -90,7 +100,7 @@ def test_a_fit_is_that_of_keras_own_embedding_on_one_process(
         np.testing.assert_allclose(scored, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [{}, ON_SERVERS], ids=["sync", "async"])
+@in_both_modes
 def test_a_second_fit_goes_on_where_the_first_has_ended(frame: DataFrame, mode: dict[str, Any]) -> None:
     straight = estimator(model=recommender(optimizer=keras.optimizers.Adam(0.1)), numWorkers=2, epochs=4).fit(frame)
     half = estimator(model=recommender(optimizer=keras.optimizers.Adam(0.1)), numWorkers=2, epochs=2, **mode)
@@ -100,7 +110,7 @@ def test_a_second_fit_goes_on_where_the_first_has_ended(frame: DataFrame, mode: 
     np.testing.assert_allclose(predicted[1], predicted[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [{}, ON_SERVERS], ids=["sync", "async"])
+@in_both_modes
 def test_an_id_that_is_not_in_the_table_is_an_error_of_the_data(frame: DataFrame, mode: dict[str, Any]) -> None:
     wrong = frame.selectExpr("user + 5 as user", "item", "label")
     with pytest.raises(DataError, match=rf"layer 'users': expected ids from 0 to {USERS - 1}, received 3\d"):

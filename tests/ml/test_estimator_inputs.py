@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from modes import in_both_modes, quickly_in_both_modes
+from modes import in_both_modes
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -137,7 +137,7 @@ def test_text_and_bytes_feed_models_that_begin_with_preprocessing(frame: DataFra
     assert_equal_weights(fitted.model, trained(model, given, BASE[:, 0]))
 
 
-@quickly_in_both_modes
+@in_both_modes
 def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: DataFrame, mode: dict[str, Any]) -> None:
     entry = keras.Input((3,), name="entry")
     outputs = {"value": keras.layers.Dense(1)(entry), "pair": keras.layers.Dense(2)(entry)}

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from modes import in_both_modes, quickly_in_both_modes
+from modes import in_both_modes
 from pyspark import cloudpickle
 from pyspark.sql import DataFrame
 
@@ -222,7 +222,7 @@ def test_fewer_rows_than_workers_train_as_one_worker_does(frame: DataFrame, mode
     np.testing.assert_allclose(many.summary.history.to_numpy(), one.summary.history.to_numpy(), rtol=1e-4)
 
 
-@quickly_in_both_modes
+@in_both_modes
 def test_callbacks_run_as_copies_and_those_that_write_only_on_the_chief(
     frame: DataFrame, tmp_path: Path, mode: dict[str, Any]
 ) -> None:

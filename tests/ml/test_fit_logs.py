@@ -93,7 +93,9 @@ def _estimator(**params: Any) -> TFEstimator:
 
 
 # Over grpc, nodes are child processes of those that run the server.
-@pytest.mark.parametrize(("protocol", "log_dir"), [("auto", "logs"), ("grpc", None)])
+@pytest.mark.parametrize(
+    ("protocol", "log_dir"), [("auto", "logs"), pytest.param("grpc", None, marks=pytest.mark.long)]
+)
 def test_the_server_shows_a_fit_while_it_runs_and_is_stopped(
     rows: DataFrame,
     tmp_path: Path,

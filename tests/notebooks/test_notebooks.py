@@ -73,7 +73,7 @@ def executed(name: str, directory: Path) -> tuple[Any, Any]:
     return notebook, ast.literal_eval(result.data["text/plain"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_programs_nodes_speak_below_the_cell_that_starts_them(tmp_path: Path) -> None:
     notebook, accuracy = executed("program_in_a_notebook", tmp_path)

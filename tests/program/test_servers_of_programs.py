@@ -16,7 +16,7 @@ from sparktf.program.pairs import check_mode
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
-@pytest.mark.parametrize("max_staleness", [None, 0])
+@pytest.mark.parametrize("max_staleness", [None, pytest.param(0, marks=pytest.mark.long)])
 def test_digits_are_learned_on_a_parameter_server(spark: Any, max_staleness: int | None) -> None:
     args = {"max_staleness": max_staleness}
     chief, worker, report = run(programs.trains_asynchronously, args, spark=spark, num_workers=2, num_ps=1)
