@@ -84,7 +84,7 @@ def taken_port(error: BaseException, held: HeldPort, address: str) -> TransportE
     """
     import tensorflow as tf
 
-    if not isinstance(error, tf.errors.OpError) or "gRPC server" not in error.message or not held.taken():
+    if not isinstance(error, tf.errors.OpError) or "start gRPC server" not in error.message or not held.taken():
         return None
     return TransportError(
         f"Expected TensorFlow's server to listen on {address}, which was held for this node. Received: "
