@@ -125,7 +125,7 @@ def fails_on_rank(args: int, ctx: Any) -> None:
     """Raise on one rank, and wait for a minute on the others."""
     if ctx.rank == args:
         print("my last words")
-        raise ValueError(f"exploded on {args}")
+        raise ValueError(f"exploded on {args} at {time.time()}")
     time.sleep(60)
 
 
@@ -216,6 +216,47 @@ def takes_a_port(args: Any, ctx: Any) -> str:
             refused = type(error).__name__
     server = tf.distribute.Server(tf.train.ClusterSpec(ctx.cluster_spec), job_name="chief", task_index=0)
     return f"{refused}, then {server.target.rpartition(':')[2] == port}"
+
+
+_LISTENS = """
+import socket, sys, time
+with socket.socket() as thief:
+    # As servers do; so it may bind beside the socket that holds the port, and TensorFlow no longer beside it.
+    thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    thief.bind((sys.argv[1], int(sys.argv[2])))
+    thief.listen()
+    print("listens", flush=True)
+    time.sleep(300)
+"""
+
+
+def loses_its_port(args: tuple[str, str], ctx: Any) -> None:
+    """Start TensorFlow's server, on the worker while another process listens on its port; a file tells since when."""
+    import subprocess
+
+    import tensorflow as tf
+
+    how, path = args
+    if not ctx.is_chief:
+        command = [sys.executable, "-c", _LISTENS, *ctx.cluster_spec["worker"][0].rsplit(":", 1)]
+        thief = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert thief.stdout is not None
+        assert thief.stdout.readline() == b"listens\n"
+        with open(path, "w") as file:
+            file.write(f"{ctx.cluster_spec['worker'][0]} {time.time()}")
+    if how == "strategy":
+        tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        ctx.serve()
+
+
+def notes_its_pid(args: str, ctx: Any) -> None:
+    """Write the process's id to a file of its rank in a directory, and wait for long."""
+    with open(f"{args}/new-{ctx.rank}", "w") as file:
+        file.write(str(os.getpid()))
+    # It appears when it is complete.
+    os.rename(file.name, f"{args}/pid-{ctx.rank}")
+    time.sleep(600)
 
 
 def tells_its_pid(args: Any, ctx: Any) -> None:

@@ -19,7 +19,7 @@ from sparktf.distribute.pair import receive_bytes, send_bytes
 from sparktf.distribute.served import fresh_optimizer
 from sparktf.distribute.server import serve
 from sparktf.distribute.table_fit import tables_of
-from sparktf.distribute.table_servers import ServedTables, table_link
+from sparktf.distribute.table_servers import ServedTables, links_with_workers
 from sparktf.transport import Communicator
 
 
@@ -89,9 +89,12 @@ def _served_tables(job: TrainJob, model: Any, rank: int, workers: Sequence[Commu
         yield
         return
     server, together = rank - job.num_workers, job.max_staleness == 0
+    links = links_with_workers(workers, SERVER_SECONDS)
     with ExitStack() as stack:
-        links = [stack.enter_context(table_link(pair, SERVER_SECONDS)) for pair in workers]
-        service = ServedTables(model, plain_optimizer(model), server, job.num_ps, links, together, job.timeout)
+        for link in links.values():
+            stack.enter_context(link)
+        optimizer = plain_optimizer(model)
+        service = ServedTables(model, optimizer, server, job.num_ps, job.num_workers, links, together, job.timeout)
         # They are the service's from now on.
         stack.pop_all()
     try:

@@ -63,10 +63,35 @@ def start_cluster(communicator: Communicator, host: str) -> Any:
         try:
             return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
         except tf.errors.OpError as error:
-            raise TransportError(
+            raise taken_port(error, held, mine) or TransportError(
                 f"rank {communicator.rank}: expected TensorFlow to serve on {mine} and to meet the other ranks there. "
                 f"Received: {error.message}."
             ) from error
+
+
+def taken_port(error: BaseException, held: HeldPort, address: str) -> TransportError | None:
+    """Return what to raise of an error where TensorFlow's server found its port taken; None for any other.
+
+    TensorFlow itself names neither the port nor the reason, but to its log.
+
+    Parameters
+    ----------
+    error : BaseException
+    held : HeldPort
+        The port that was held for the server.
+    address : str
+        Of the server, as the other nodes know it.
+    """
+    import tensorflow as tf
+
+    if not isinstance(error, tf.errors.OpError) or "start gRPC server" not in error.message or not held.taken():
+        return None
+    return TransportError(
+        f"Expected TensorFlow's server to listen on {address}, which was held for this node. Received: "
+        f"{error.message!r}, for another server listens there: an earlier one of this program, where a node may start "
+        "only one, or another program's that takes ports in use (SO_REUSEADDR). Run again for another port; ss -ltnp "
+        "on that machine tells whose it is."
+    )
 
 
 class GrpcReducer(GradientReducer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from sparktf.distribute.table_fit import kept, tables_of
 from sparktf.distribute.table_service import SyncedShard, TableService
 from sparktf.errors import PeerLostError, SparktfError
 from sparktf.transport import Communicator
+
+_LOG = logging.getLogger("sparktf.distribute")
 
 
 class FreeShard(SyncedShard):
@@ -48,8 +51,10 @@ class ServedTables(TableService):
         The model's.
     server, servers : int
         This server's number, and how many there are.
-    communicators : sequence of Communicator
-        One with each worker, of `table_link`; they belong to it from now on.
+    workers : int
+        How many began.
+    communicators : mapping of int to Communicator
+        One with each worker that is still there, of `links_with_workers`; they belong to it from now on.
     together : bool
         Updates are made once all workers have pushed.
     timeout : float
@@ -62,15 +67,17 @@ class ServedTables(TableService):
         optimizer: Any,
         server: int,
         servers: int,
-        communicators: Sequence[Communicator],
+        workers: int,
+        communicators: Mapping[int, Communicator],
         together: bool,
         timeout: float,
     ) -> None:
         kind = SyncedShard if together else FreeShard
-        shards = [
-            kind(_part_of(layer, optimizer, server, servers), len(communicators), timeout) for layer in tables_of(model)
-        ]
-        super().__init__(shards, dict(enumerate(communicators)))
+        shards = [kind(_part_of(layer, optimizer, server, servers), workers, timeout) for layer in tables_of(model)]
+        for shard in shards:
+            for lost in set(range(workers)) - set(communicators):
+                shard.leave(lost)
+        super().__init__(shards, communicators)
 
     def _fail(self, rank: int, error: SparktfError) -> None:
         if not isinstance(error, PeerLostError):
@@ -236,6 +243,32 @@ def table_link(pair: Communicator, timeout: float) -> Communicator:
         return [theirs, payload]
 
     return pair.another(rank=pair.rank, size=2, exchange=exchange, timeout=timeout)
+
+
+def links_with_workers(pairs: Sequence[Communicator], timeout: float) -> dict[int, Communicator]:
+    """Connect a server with all workers once more, as `table_link` does; the others go on without one that is lost.
+
+    Parameters
+    ----------
+    pairs : sequence of Communicator
+        One with each worker. That of a lost one has no more to say than that.
+    timeout : float
+        Seconds for which the server waits for a worker, which may still make its model.
+
+    Returns
+    -------
+    dict of int to Communicator
+        By worker. They belong to the caller.
+    """
+    links = {}
+    with ExitStack() as stack:
+        for worker, pair in enumerate(pairs):
+            try:
+                links[worker] = stack.enter_context(table_link(pair, timeout))
+            except PeerLostError as error:
+                _LOG.warning("worker %d is lost before it asks for rows of tables: %s", worker, error.reason or error)
+        stack.pop_all()
+    return links
 
 
 def _part_of(layer: Any, optimizer: Any, server: int, servers: int) -> TableShard:

@@ -52,7 +52,7 @@ def _run(link: TaskLink, told: dict[str, Any], result: BinaryIO) -> None:
     from pyspark import cloudpickle
 
     from sparktf.cluster.threads import start_tensorflow
-    from sparktf.distribute.grpc import start_cluster
+    from sparktf.distribute.grpc import start_cluster, taken_port
 
     job: ProgramJob = told["job"]
     rank, roles = told["rank"], job.roles
@@ -87,8 +87,9 @@ def _run(link: TaskLink, told: dict[str, Any], result: BinaryIO) -> None:
             try:
                 value = _call(function, args, context)
             except (Exception, SystemExit) as error:
+                named = taken_port(error, port, addresses[rank]) if addresses else None
                 # Before the others are told, whose tasks would end this one's as well.
-                _tell_failure(link, error)
+                _tell_failure(link, named.with_traceback(error.__traceback__) if named is not None else error)
                 raise
         _dump(value, result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from types import TracebackType
 from typing import Self
@@ -55,6 +56,16 @@ class HeldPort:
             ) from exc
         self._sock = sock
         self.port: int = sock.getsockname()[1]
+
+    def taken(self) -> bool:
+        """Tell whether somebody listens on the port, in this process or another."""
+        with socket.socket(self._sock.family, self._sock.type, self._sock.proto) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(self._sock.getsockname())
+            except OSError as exc:
+                return exc.errno == errno.EADDRINUSE
+        return False
 
     def close(self) -> None:
         """Let the port go; what listens on it by then keeps it."""

@@ -18,7 +18,7 @@ from sparktf.distribute.own_pace import OwnPace, plain_optimizer
 from sparktf.distribute.served import fresh_optimizer
 from sparktf.distribute.server import ServerReport, serve
 from sparktf.distribute.table_fit import tables_of
-from sparktf.distribute.table_servers import ServedTables, leave_tables, table_link
+from sparktf.distribute.table_servers import ServedTables, leave_tables, links_with_workers, table_link
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ def by_workers(
     compression: str = "none",
     protocol: str = "tcp",
     timeout: float = 30.0,
+    never_there: int | None = None,
 ) -> Paced:
-    """Fit on all workers; a worker that raises leaves the others without a word."""
+    """Fit on all workers; a worker that raises leaves the others without a word.
+
+    One is `never_there`: it ends between its first meeting with the servers and its links to their tables.
+    """
     count = len(task.rows)
     ours, theirs = connected(protocol, count, servers, timeout)
     outcomes: dict[tuple[str, int], Any] = {}
@@ -54,6 +58,8 @@ def by_workers(
 
     def work(worker: int) -> Fitted:
         with ParameterClient(ours[worker], worker, max_staleness, compression) as client, ExitStack() as stack:
+            if worker == never_there:
+                raise RuntimeError("it breaks")
             model, given = prepared(make, task, worker)
             pairs = ours[worker] if tables_of(model) else []
             links = [stack.enter_context(table_link(pair, timeout)) for pair in pairs]
@@ -71,8 +77,8 @@ def by_workers(
             pairs = [stack.enter_context(pair) for pair in theirs[server]]
             model = fresh(make)
             optimizer = plain_optimizer(model)
-            links = [table_link(pair, 60.0) for pair in pairs] if tables_of(model) else []
-            tables = ServedTables(model, optimizer, server, servers, links, max_staleness == 0, timeout)
+            links = links_with_workers(pairs, 60.0) if tables_of(model) else {}
+            tables = ServedTables(model, optimizer, server, servers, count, links, max_staleness == 0, timeout)
             done = serve(pairs, fresh_optimizer(optimizer), timeout)
             tables.join()
             return done

@@ -79,6 +79,21 @@ def test_tables_are_trained_on_without_a_worker_that_is_lost(max_staleness: int 
 
 
 @pytest.mark.parametrize("max_staleness", [None, 0])
+def test_tables_are_trained_without_a_worker_that_is_lost_before_it_asks_for_rows(max_staleness: int | None) -> None:
+    def make() -> keras.Model:
+        return recommender(lambda: keras.optimizers.SGD(0.05))
+
+    task = Task((IDS, Y), (20, 20, 20), epochs=3)
+    done = by_workers(make, task, servers=2, max_staleness=max_staleness, never_there=1)
+    assert "it breaks" in str(done.workers[1])
+    assert [report.lost for report in done.servers] == [(1,), (1,)]
+    assert done.savers == [0]
+    for worker in (0, 2):
+        assert len(done.workers[worker].report.history["loss"]) == 3
+    assert np.abs(rows(done.workers[0].model) - rows(make())).max() > 1e-2
+
+
+@pytest.mark.parametrize("max_staleness", [None, 0])
 def test_a_server_that_fails_by_itself_ends_the_fit_of_all_workers_with_its_words(
     monkeypatch: pytest.MonkeyPatch, max_staleness: int | None
 ) -> None:

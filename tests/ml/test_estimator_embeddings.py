@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,40 @@ def test_an_id_that_is_not_in_the_table_is_an_error_of_the_data(frame: DataFrame
     wrong = frame.selectExpr("user + 5 as user", "item", "label")
     with pytest.raises(DataError, match=rf"layer 'users': expected ids from 0 to {USERS - 1}, received 3\d"):
         estimator(model=recommender(), numWorkers=2, **mode).fit(wrong)
+
+
+def _killed_while_it_makes_its_model(path: Path) -> Callable[[], keras.Model]:
+    """Return a modelFn that kills worker 1 when it has met the servers and has not yet connected for their tables."""
+
+    def make() -> keras.Model:
+        from pyspark import TaskContext
+
+        # A worker's task makes the model, too; the child that trains has no context, but that parent.
+        context = TaskContext.get()
+        if context is not None and context.partitionId() == 1:
+            (path / str(os.getpid())).touch()
+        elif (path / str(os.getppid())).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return recommender()
+
+    return make
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_before_it_connects_to_tables_does_not_end_the_fit(
+    frame: DataFrame, tmp_path: Path, no_leftovers: Any
+) -> None:
+    est = estimator(modelFn=_killed_while_it_makes_its_model(tmp_path), mode="async", numWorkers=2, numPs=2, epochs=3)
+    fitted = est.fit(frame)
+    summary = fitted.summary
+    assert summary.lostWorkers == (1,)
+    # Its share, about a half, in each epoch.
+    share, rest = divmod(summary.rowsNotSeen, 3)
+    assert rest == 0
+    assert 20 < share < 30
+    assert list(summary.history.epoch) == [1, 2, 3]
+    trained = fitted.model.get_layer("users").access.lookup(np.arange(USERS))
+    assert np.abs(trained - recommender().get_layer("users").access.lookup(np.arange(USERS))).max() > 1e-3
 
 
 def test_an_optimizer_that_tables_cannot_follow_is_refused_before_a_job(frame: DataFrame) -> None:

@@ -42,8 +42,13 @@ def estimator(**params: Any) -> TFEstimator:
     return TFEstimator(**{"batchSize": 8, "epochs": 3, "verbose": 0, "timeout": 60.0, **params})
 
 
-def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(frame: DataFrame) -> None:
-    est = estimator(numWorkers=2)
+@in_both_modes
+def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(
+    frame: DataFrame, mode: dict[str, Any]
+) -> None:
+    # Two fits at a time, each of two nodes: both workers, or a worker and its server.
+    workers = 1 if mode["mode"] == "async" else 2
+    est = estimator(numWorkers=workers, **mode)
     grid = ParamGridBuilder().addGrid(est.model, [small(0.0001), small(0.5)]).build()
     evaluator = MulticlassClassificationEvaluator(metricName="accuracy")
 
@@ -63,7 +68,10 @@ def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(
     assert beside.avgMetrics[1] > 0.85
     assert isinstance(beside.bestModel, TFModel)
     np.testing.assert_array_equal(beside.bestModel.model.get_weights()[0], after.bestModel.model.get_weights()[0])
-    assert all(isinstance(sub, TFModel) and sub.summary.worldSize == 2 for fold in beside.subModels for sub in fold)
+    subs = [sub for fold in beside.subModels for sub in fold]
+    assert len(subs) == 4
+    assert all(isinstance(sub, TFModel) for sub in subs)
+    assert {(sub.summary.worldSize, sub.summary.numPs) for sub in subs} == {(workers, 2 - workers)}
 
 
 @in_both_modes

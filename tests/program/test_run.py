@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import psutil
 import pytest
 
 from sparktf import run
-from sparktf.errors import DataError, NodeError, ParamError, SlotsError
+from sparktf.errors import DataError, NodeError, ParamError, SlotsError, TransportError
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 # Of a loaded machine that imports TensorFlow twice; failures themselves are seen within ten.
 _START = 60.0
+_PROMISED_SECONDS = 10.0
 
 
 def test_every_node_knows_its_place(spark: Any) -> None:
@@ -55,6 +57,20 @@ def test_without_a_cluster_nodes_are_on_their_own(spark: Any) -> None:
 
 def test_the_kept_port_is_nobody_elses_and_then_tensorflows(spark: Any) -> None:
     assert run(programs.takes_a_port, spark=spark) == ["OSError, then True"]
+
+
+@pytest.mark.parametrize("how", ["server", "strategy"])
+def test_a_node_whose_port_was_taken_is_named_with_the_port_in_time(spark: Any, tmp_path: Path, how: str) -> None:
+    when = tmp_path / "when"
+    # The other worker waits for this one, or serves.
+    with pytest.raises(TransportError, match=r"^rank 1 \(worker 0\): ") as raised:
+        run(programs.loses_its_port, (how, str(when)), spark=spark, num_workers=2)
+    address, taken = when.read_text().split()
+    assert time.time() - float(taken) < _PROMISED_SECONDS
+    assert f"listen on {address}" in str(raised.value)
+    assert "Run again for another port" in str(raised.value)
+    (note,) = raised.value.__notes__
+    assert "in loses_its_port" in note
 
 
 def test_every_row_is_fed_once_in_as_many_batches_on_each_worker(spark: Any) -> None:
@@ -165,11 +181,14 @@ def test_exported_models_are_whole(spark: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["model.keras", "saved"]
 
 
-def test_a_nodes_own_error_reaches_the_driver_with_role_and_rank(
+def test_a_nodes_own_error_reaches_the_driver_in_time_with_role_and_rank(
     spark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(NodeError, match=r"Rank 1 \(worker 0\) failed: ValueError: exploded on 1") as raised:
         run(programs.fails_on_rank, 1, spark=spark, num_workers=2, num_ps=1)
+    exploded = re.search(r"exploded on 1 at ([\d.]+)", str(raised.value))
+    assert exploded
+    assert time.time() - float(exploded[1]) < _PROMISED_SECONDS
     assert raised.value.rank == 1
     assert "in fails_on_rank" in raised.value.remote_traceback
     assert "child.py" not in raised.value.remote_traceback

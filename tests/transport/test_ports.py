@@ -42,6 +42,14 @@ def test_nobody_else_takes_a_held_port_and_nobody_reaches_it() -> None:
             socket.create_connection((HOST, held.port), 10)
 
 
+def test_a_held_port_is_taken_once_somebody_listens_on_it() -> None:
+    with HeldPort(HOST) as held:
+        assert not held.taken()
+        with _listen(held.port, reuse=True):
+            assert held.taken()
+        assert not held.taken()
+
+
 def test_a_server_listens_beside_whoever_holds_its_port_and_keeps_it() -> None:
     held = HeldPort(HOST)
     with _listen(held.port, reuse=True) as server:
