@@ -39,6 +39,7 @@ class RunHandle:
         self._thread: threading.Thread | None = None
         self._results: list[Any] | None = None
         self._error: BaseException | None = None
+        self._stopped = False
         self.tensorboard_url: str | None = None
 
     def run(self) -> list[Any]:
@@ -85,6 +86,8 @@ class RunHandle:
         ------
         TimeoutError
             The run goes on.
+        ClusterError
+            It was cancelled by `stop`.
         """
         self._join(timeout)
         if not self.done():
@@ -97,6 +100,7 @@ class RunHandle:
     def stop(self, timeout: float = 30.0) -> None:
         """End all nodes, and wait up to `timeout` seconds until they are gone. A run that has ended stays as it is."""
         deadline = time.monotonic() + timeout
+        self._stopped = True
         while not self.done() and (left := deadline - time.monotonic()) > 0:
             # Again and again: a run that has just begun may have no job yet.
             cancel(self._spark, f"sparktf-{self._job.job_id}")
@@ -111,6 +115,10 @@ class RunHandle:
             self._results = self.run()
         except BaseException as error:  # raised again by result()
             self._error = error
+            if self._stopped:
+                # Whichever node was heard of first has failed of nothing but that.
+                self._error = ClusterError("The run was cancelled: RunHandle.stop() was called before it had ended.")
+                self._error.__cause__ = error
 
     def _show(self, rank: int, report: dict[str, Any]) -> None:
         if "tensorboard" in report:

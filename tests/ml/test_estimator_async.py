@@ -121,7 +121,7 @@ def test_an_exception_on_a_worker_ends_the_fit_with_its_traceback(frame: DataFra
 @pytest.mark.long
 def test_a_stopped_worker_is_named_after_the_timeout(frame: DataFrame, no_leftovers: Any) -> None:
     with pytest.raises(TransportTimeoutError, match="worker 1"):
-        estimator(model=classifier(), callbacks=[Break(1, "SIGSTOP")], timeout=12.0).fit(frame)
+        estimator(model=classifier(), callbacks=[Break(1, "SIGSTOP")], timeout=25.0).fit(frame)
 
 
 class Slow(keras.callbacks.Callback):

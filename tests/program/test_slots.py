@@ -37,8 +37,8 @@ def test_a_run_whose_nodes_never_come_up_ends_after_the_timeout(spark: Any) -> N
 
 
 def test_a_run_may_wait_for_another_of_ours_for_longer_than_the_timeout(spark: Any) -> None:
-    first = run(programs.goes_on, 7, spark=spark, num_workers=3, timeout=4, wait=False)
-    second = run(programs.goes_on, 0, spark=spark, num_workers=3, timeout=4, wait=False)
+    first = run(programs.goes_on, 12, spark=spark, num_workers=3, timeout=8, wait=False)
+    second = run(programs.goes_on, 0, spark=spark, num_workers=3, timeout=8, wait=False)
     assert first.result(60) == second.result(60) == ["done"] * 3
 
 
