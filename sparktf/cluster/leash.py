@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,7 +22,15 @@ def die_with_parent() -> None:
 
 def job_environment() -> dict[str, str]:
     """Return the environment of a child: the modules that Spark shipped with a job are on this process's path only."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p and not _lies_unpacked(p))}
+
+
+def _lies_unpacked(path: str) -> bool:
+    """Tell the zip within an installed pyspark: what is in a zip Python compiles anew each time, for half a second."""
+    archive = Path(path)
+    if archive.name != "pyspark.zip" or len(archive.parents) < 4:
+        return False
+    return (archive.parents[2] / "__init__.py").is_file() and str(archive.parents[3]) in sys.path
 
 
 def leashed(command: list[str]) -> list[str]:

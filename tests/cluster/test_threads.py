@@ -20,9 +20,9 @@ def test_a_worker_starts_tensorflow_in_silence_and_keeps_its_first_threads() -> 
         "print(start_tensorflow(3), start_tensorflow(5))\n"
         "import tensorflow as tf\n"
         "print(tf.config.threading.get_intra_op_parallelism_threads())\n"
-        "import matplotlib, sys; print('matplotlib' in sys.modules)\n"
+        "import gc, matplotlib, sys; print('matplotlib' in sys.modules, gc.isenabled())\n"
     )
-    assert run.stdout.split() == ["3", "3", "3", "True"], run.stderr
+    assert run.stdout.split() == ["3", "3", "3", "True", "True"], run.stderr
     assert run.stderr == ""
 
 
