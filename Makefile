@@ -8,7 +8,7 @@
 # make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
 # make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-local-cluster test-connect test-long test-rdma test-rdma-fit lint lock notebooks bench clean
+.PHONY: help setup demo test test-session test-clusters test-long test-rdma test-rdma-fit lint lock notebooks bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -45,13 +45,16 @@ demo: $(STAMP)
 
 # One process holds one Spark, so each kind of Spark has a pytest of its own; all run, then failures count.
 test: $(STAMP)
-	@failed=0; \
-	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore tests/local_cluster --ignore tests/connect || failed=1; \
-	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync test-local-cluster test-connect || failed=1; \
-	exit $$failed
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-session test-clusters
 
-test-local-cluster test-connect: test-%: $(STAMP)
-	@$(PYTEST) tests/$(subst -,_,$*)
+test-session: $(STAMP)
+	@$(PYTEST) $(SIDE_BY_SIDE) tests --ignore tests/local_cluster --ignore tests/connect
+
+# Beside the others: what these have to say comes as a whole, when they are done.
+test-clusters: $(STAMP)
+	@said=$$(mktemp); trap 'cat $$said; rm -f $$said' EXIT; failed=0; \
+	for kind in local_cluster connect; do $(PYTEST) tests/$$kind >> $$said 2>&1 || failed=1; done; \
+	exit $$failed
 
 test-long: $(STAMP)
 	@$(PYTEST) tests -m long --timeout 900 --ignore tests/local_cluster --ignore tests/connect

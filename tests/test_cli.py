@@ -180,6 +180,7 @@ def test_score_runs_alone_and_prints_one_line(pipeline_model: str, table: str, t
     assert re.fullmatch(r"scored 100 rows in .* to scored\n", answer.stdout)
 
 
+@pytest.mark.long
 def test_score_runs_under_spark_submit(pipeline_model: str, table: str, tmp_path: Path) -> None:
     from pyspark.find_spark_home import _find_spark_home
 

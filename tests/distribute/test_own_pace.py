@@ -68,7 +68,7 @@ def test_without_staleness_training_is_that_of_one_process_on_the_global_batch(n
     assert_equal_to_one_process(done.workers, make, task)
 
 
-@pytest.mark.parametrize("max_staleness", [None, 2])
+@pytest.mark.parametrize("max_staleness", [None, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [(23, 9, 8), (40, 0, 0)])
 def test_metrics_are_those_of_all_rows_whatever_the_paces(max_staleness: int | None, rows: tuple[int, ...]) -> None:
     def still() -> keras.Model:

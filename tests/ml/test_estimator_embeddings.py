@@ -103,6 +103,7 @@ def test_a_fit_is_that_of_keras_own_embedding_on_one_process(
         np.testing.assert_allclose(scored, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @in_both_modes
 def test_a_second_fit_goes_on_where_the_first_has_ended(frame: DataFrame, mode: dict[str, Any]) -> None:
     straight = estimator(model=recommender(optimizer=keras.optimizers.Adam(0.1)), numWorkers=2, epochs=4).fit(frame)

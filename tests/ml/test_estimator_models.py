@@ -88,6 +88,7 @@ def test_a_class_that_nodes_cannot_find_is_named(frame: DataFrame, monkeypatch: 
         estimator(model=model).fit(frame)
 
 
+@pytest.mark.long
 def test_a_model_travels_in_several_broadcast_pieces(
     frame: DataFrame, monkeypatch: pytest.MonkeyPatch, no_leftovers: Any
 ) -> None:

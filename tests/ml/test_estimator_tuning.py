@@ -74,6 +74,7 @@ def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(
     assert {(sub.summary.worldSize, sub.summary.numPs) for sub in subs} == {(workers, 2 - workers)}
 
 
+@pytest.mark.long
 @in_both_modes
 def test_functions_stand_in_a_grid_and_stages_in_a_pipeline_that_is_split(
     frame: DataFrame, mode: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -71,7 +72,13 @@ class KillServer(keras.callbacks.Callback):
 
 
 def _servers(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "tensorboard.main" in child.cmdline()]
+    found = []
+    for child in parent.children():
+        # Others come and go meanwhile.
+        with contextlib.suppress(psutil.Error):
+            if "tensorboard.main" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def _get(url: str) -> bytes:

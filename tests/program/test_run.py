@@ -59,7 +59,7 @@ def test_the_kept_port_is_nobody_elses_and_then_tensorflows(spark: Any) -> None:
     assert run(programs.takes_a_port, spark=spark) == ["OSError, then True"]
 
 
-@pytest.mark.parametrize("how", ["server", "strategy"])
+@pytest.mark.parametrize("how", ["server", pytest.param("strategy", marks=pytest.mark.long)])
 def test_a_node_whose_port_was_taken_is_named_with_the_port_in_time(spark: Any, tmp_path: Path, how: str) -> None:
     when = tmp_path / "when"
     # The other worker waits for this one, or serves.
@@ -133,6 +133,7 @@ def test_a_column_that_no_tensor_holds_is_named_before_anything_starts(spark: An
         run(programs.rows, spark=spark, dataset=spark.sql("select current_timestamp() as when"))
 
 
+@pytest.mark.long
 def test_keras_fit_averages_gradients_from_the_chiefs_weights_on_over_our_ring_and_tensorflows(spark: Any) -> None:
     frame = spark.range(64).selectExpr("array(rand(1), rand(2)) as x", "rand(3) as y")
     found = {}

@@ -29,6 +29,7 @@ def test_digits_are_learned_on_a_parameter_server(spark: Any, max_staleness: int
     assert report.lost == ()
 
 
+@pytest.mark.long
 def test_two_servers_share_the_variables(spark: Any) -> None:
     chief, first, second = run(programs.trains_asynchronously, {}, spark=spark, num_workers=1, num_ps=2)
     assert chief > 0.9
