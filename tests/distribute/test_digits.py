@@ -14,8 +14,8 @@ from paces import by_workers
 EPOCHS, BATCH, HELD_OUT = 8, 32, 1000
 # Without a bound, one of four threads may be a whole epoch ahead, and its gradients as old.
 MAX_STALENESS = 4
-# Of the accuracy on held-out digits: on a loaded machine the last gradients may be stale ones.
-MARGIN = 0.06
+# Of the accuracy on held-out digits.
+MARGIN = 0.03
 
 
 def digits(seed: int) -> tuple[Any, Any]:
