@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -21,18 +20,15 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
-from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError
+from sparktf.errors import HandshakeError, TransportError
+from sparktf.transport.dial import reach, set_buffers
 from sparktf.transport.doorman import BACK, CONTROL, DATA, Doorman, Group
-from sparktf.transport.handshake import initiate
 from sparktf.transport.lookout import LOOK_SECONDS, Lookout
 from sparktf.transport.tls import Credentials
 from sparktf.transport.watch import pack_abort
 
 Exchange = Callable[[bytes], list[bytes]]
 
-# The kernel doubles the number and cuts it to net.core.[rw]mem_max. Enough for 100 Gbit/s over 0.1 ms; what waits in
-# larger ones leaves the processor's caches, which cost a fifth of the rate between two processes, half among four.
-_SOCKET_BUFFER = 1024 * 1024
 # The connections of this process. A forked one must not keep them open: peers see a process end by its sockets.
 _CONNECTIONS: WeakSet[socket.socket] = WeakSet()
 
@@ -159,7 +155,7 @@ def connect_mesh(
         channels = (DATA, BACK, CONTROL) if back else (DATA, CONTROL)
         for peer in range(rank):
             for channel in channels:
-                mesh.add(channel, peer, _reach(book[peer], group, channel, peer))
+                mesh.add(channel, peer, reach(book[peer], group, channel, peer))
         lookout = Lookout(book, mesh.control, mesh.left)
         while mesh.count() < len(channels) * (size - 1):
             missing = set(range(rank + 1, size)) - mesh.complete(channels)
@@ -184,7 +180,7 @@ def _listen(host: str, size: int) -> socket.socket:
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, number)
-        _set_buffers(sock)
+        set_buffers(sock)
         sock.bind(address)
         # All connections of every peer may arrive while we are still in the exchange.
         sock.listen(3 * size + 16)
@@ -233,58 +229,3 @@ def _exchange_addresses(
                 f"Received: {card.get('protocol')!r} from rank {peer}."
             )
     return book, hashlib.sha256(b"\n".join(entries)).hexdigest()
-
-
-def _reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> socket.socket:
-    """Connect to a lower rank and shake hands."""
-    where = f"rank {peer} at {address[0]}:{address[1]}"
-    left = group.deadline - time.monotonic()
-    if left <= 0:
-        raise TransportTimeoutError(f"Expected to reach {where} in time; the time allowed has ended.")
-    try:
-        sock = _dial(address, left)
-    except TimeoutError as exc:
-        raise TransportTimeoutError(f"Expected {where} to answer within {left:.1f} s.") from exc
-    except ConnectionError as exc:
-        # Refused, or ended before it was accepted; it listened when it told its address.
-        raise PeerLostError(
-            f"Expected to reach {where}: {exc}. The node has ended, or a firewall is in between.", peer
-        ) from exc
-    except OSError as exc:
-        raise TransportError(
-            f"Expected to reach {where}: {exc}. The network does not lead there, or a firewall is in between."
-        ) from exc
-    try:
-        theirs = initiate(sock, group.secret, group.identity(channel, peer), group.deadline)
-        if group.check(theirs) != peer:
-            raise HandshakeError(f"Expected rank {peer} at {address}. Received: rank {theirs['rank']}.")
-        return group.secure(sock, theirs, group.deadline, server=False)
-    except HandshakeError as exc:
-        sock.close()
-        message = f"Handshake with {where} failed. {exc}"
-        if isinstance(exc.__cause__, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-            # It refused nothing; it has ended.
-            raise PeerLostError(message, peer) from exc
-        raise HandshakeError(message) from exc
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _dial(address: tuple[str, int], timeout: float) -> socket.socket:
-    family, kind, number, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family, kind, number)
-    try:
-        # Before connecting, as the window's scale is agreed then.
-        _set_buffers(sock)
-        sock.settimeout(timeout)
-        sock.connect(target)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _set_buffers(sock: socket.socket) -> None:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)

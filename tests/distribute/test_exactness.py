@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparktf.data.batches import StepPlan
 from sparktf.distribute.reducer import GradientReducer
 from sparktf.transport import Communicator
-from sparktf.transport.testing import run_threads
+from sparktf.transport.testing import results_of_threads, run_threads
 
 WORLDS = st.lists(st.integers(0, 23), min_size=2, max_size=4).filter(any)
 
@@ -128,7 +128,7 @@ def test_a_wish_to_stop_reaches_all_ranks_in_the_step_after_it() -> None:
             seen.append(reducer.stop_agreed)
         return seen
 
-    assert run_threads("tcp", 2, main) == [[False, True, True]] * 2
+    assert results_of_threads("tcp", 2, main) == [[False, True, True]] * 2
 
 
 def test_no_buffer_is_made_after_the_first_two_steps() -> None:
@@ -141,4 +141,4 @@ def test_no_buffer_is_made_after_the_first_two_steps() -> None:
             places.append(reduced.__array_interface__["data"][0])
         return len(set(places)) == 2
 
-    assert run_threads("tcp", 2, main) == [True, True]
+    assert results_of_threads("tcp", 2, main) == [True, True]

@@ -18,7 +18,7 @@ from sparktf.distribute.reducer import GradientReducer
 from sparktf.distribute.slices import SlicesExchange
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator
-from sparktf.transport.testing import run_threads
+from sparktf.transport.testing import results_of_threads, run_threads
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_buckets_are_summed_each_in_its_place() -> None:
 
         return _steps(communicator, 3, gradients)
 
-    for results, (exchange,) in run_threads("tcp", 2, main):
+    for results, (exchange,) in results_of_threads("tcp", 2, main):
         assert len(exchange.buckets) == 4
         for step in results:
             assert [part.shape for part in step] == [(20 + i, 3) for i in range(6)]
@@ -85,7 +85,7 @@ def test_nothing_is_allocated_or_registered_after_the_first_step() -> None:
                 counts.append(communicator.stats.registrations)
         return counts
 
-    for counts in run_threads("tcp", 2, main):
+    for counts in results_of_threads("tcp", 2, main):
         assert len(set(counts)) == 1
 
 
@@ -106,7 +106,7 @@ def test_tensorflow_reads_the_sums_where_they_lie(monkeypatch: pytest.MonkeyPatc
             # dlpack, unlike numpy(), never copies.
             return [np.from_dlpack(part).__array_interface__["data"][0] for part in map(_dlpack, step())]
 
-    for places in run_threads("tcp", 2, main):
+    for places in results_of_threads("tcp", 2, main):
         assert set(places) <= set(lent)
 
 
@@ -205,7 +205,7 @@ def test_slices_of_any_number_are_joined_into_buffers_that_grow_to_the_largest()
             allocations.append(exchange.allocations)
         return allocations
 
-    for allocations in run_threads("tcp", 2, main):
+    for allocations in results_of_threads("tcp", 2, main):
         # By the third step both turns have seen the largest number.
         assert len(set(allocations[2:])) == 1
 
@@ -216,7 +216,7 @@ def test_a_rank_without_rows_leaves_its_slices_out() -> None:
         joined = SlicesExchange(communicator).join(float(communicator.rank == 0), [values, np.arange(3)])
         return [part.tolist() for part in joined]
 
-    assert run_threads("tcp", 2, main) == [[[[1.0, 1.0]] * 3, [0, 1, 2]]] * 2
+    assert results_of_threads("tcp", 2, main) == [[[[1.0, 1.0]] * 3, [0, 1, 2]]] * 2
 
 
 def test_gradients_travel_as_bfloat16_where_asked_for() -> None:
@@ -281,7 +281,7 @@ def test_two_optimizers_of_several_buckets_take_turns_in_one_order() -> None:
             results = [step(tf.constant(float(step_number))) for step_number in range(5)]
             return [[float(part[-1]) for part in result] for result in results[-2:]]
 
-    assert run_threads("tcp", 2, main) == [[[3.0] * 4 + [6.0] * 4, [4.0] * 4 + [8.0] * 4]] * 2
+    assert results_of_threads("tcp", 2, main) == [[[3.0] * 4 + [6.0] * 4, [4.0] * 4 + [8.0] * 4]] * 2
 
 
 class Late(Towers):

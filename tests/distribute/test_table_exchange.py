@@ -26,7 +26,7 @@ from sparktf.distribute.table_meeting import connect_everyone
 from sparktf.distribute.table_rows import RowInitializer, TableSpec
 from sparktf.errors import DataError, HandshakeError, ParamError, PeerLostError, SparktfError, TransportTimeoutError
 from sparktf.transport import Communicator
-from sparktf.transport.testing import run_threads
+from sparktf.transport.testing import results_of_threads, run_threads
 
 USERS, ITEMS, DIM = 40, 17, 4
 SGD = {"momentum": 0.0}
@@ -248,7 +248,7 @@ def test_programs_train_their_tables_by_the_mean_of_all_gradients(loop: str, tmp
                 model.save(tmp_path / "trained.keras")
         return True
 
-    assert run_threads("tcp", 2, main) == [True, True]
+    assert results_of_threads("tcp", 2, main) == [True, True]
     one = groups.by_one_process(_make(_sgd, ours=False), task)
     trained = keras.saving.load_model(tmp_path / "trained.keras")
     for name in ("users", "items"):
@@ -322,7 +322,7 @@ def test_the_chief_sets_rows_everywhere() -> None:
 
     expected = _new_table(100).spec.new_rows(np.arange(100))
     expected[[3, 4, 50]] = 7.0
-    for rows in run_threads("tcp", 3, main):
+    for rows in results_of_threads("tcp", 3, main):
         np.testing.assert_array_equal(rows, expected)
 
 

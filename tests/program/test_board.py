@@ -6,7 +6,7 @@ from typing import Any
 
 from sparktf.program.board import DONE, Board
 from sparktf.transport import Communicator
-from sparktf.transport.testing import run_threads
+from sparktf.transport.testing import results_of_threads, run_threads
 
 
 def test_an_exchange_is_complete_for_all_members_in_the_round_after_the_last_post() -> None:
@@ -38,4 +38,4 @@ def test_a_post_is_news_until_the_next_round() -> None:
         board.round()
         return [*news, board.news]
 
-    assert run_threads("tcp", 2, tell) == [[False, True, False], [False, False, False]]
+    assert results_of_threads("tcp", 2, tell) == [[False, True, False], [False, False, False]]

@@ -18,7 +18,7 @@ from sparktf.transport import Settings, rdma_device, survey  # noqa: E402
 from sparktf.transport.rdma import preflight  # noqa: E402
 from sparktf.transport.rdma_adapter import Adapter, close_channel, open_channel  # noqa: E402
 from sparktf.transport.rdma_link import RdmaLink  # noqa: E402
-from sparktf.transport.testing import TransportConformance, run_threads  # noqa: E402
+from sparktf.transport.testing import TransportConformance, results_of_threads, run_threads  # noqa: E402
 
 KIB, MIB = 1024, 1024 * 1024
 NOBODY = 65534
@@ -52,7 +52,7 @@ def test_transfers_of_any_size_arrive_as_they_were_sent(nbytes, allocated):
         assert np.array_equal(array, sent)
         return comm.stats.bytes_received
 
-    assert run_threads("rdma", 2, main) == [nbytes, nbytes]
+    assert results_of_threads("rdma", 2, main) == [nbytes, nbytes]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -66,7 +66,7 @@ def test_reductions_of_any_size_equal_those_of_numpy(size, nbytes):
         comm.all_reduce(array)
         return bool(np.array_equal(array, pattern * (size * (size + 1) // 2)))
 
-    assert run_threads("rdma", size, main) == [True] * size
+    assert results_of_threads("rdma", size, main) == [True] * size
 
 
 def test_nothing_is_registered_after_the_first_step():
@@ -84,7 +84,7 @@ def test_nothing_is_registered_after_the_first_step():
         assert counts[1] == counts[-1]
         return len(set(counts[2:-1]))
 
-    assert run_threads("rdma", 2, main) == [1, 1]
+    assert results_of_threads("rdma", 2, main) == [1, 1]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -111,7 +111,7 @@ def test_allocated_arrays_travel_without_a_copy(size, monkeypatch):
         return counts
 
     monkeypatch.setattr(RdmaLink, "_copy", counted)
-    for allocated, other in run_threads("rdma", size, main):
+    for allocated, other in results_of_threads("rdma", size, main):
         # Headers and offers; and the whole array, as often as the ring sends it.
         assert allocated < 10_000
         assert other > 4_000_000
@@ -184,7 +184,7 @@ def test_channels_are_told_apart_while_others_come_and_go():
 def test_what_a_rank_tells_another_does_not_grow_with_the_world(monkeypatch):
     # One card fits, two do not.
     monkeypatch.setattr(survey, "_LIMIT", 320)
-    assert run_threads("rdma", 4, lambda comm: float(comm.all_reduce(np.ones(100_000))[-1])) == [4.0] * 4
+    assert results_of_threads("rdma", 4, lambda comm: float(comm.all_reduce(np.ones(100_000))[-1])) == [4.0] * 4
 
 
 def test_auto_takes_rdma_between_machines_where_every_rank_has_it():
@@ -262,4 +262,4 @@ def test_arguments_are_still_checked_first():
             comm.all_reduce(np.array(["text"]))
         return float(comm.all_reduce(np.ones(1))[0])
 
-    assert run_threads("rdma", 2, main) == [2.0, 2.0]
+    assert results_of_threads("rdma", 2, main) == [2.0, 2.0]

@@ -9,7 +9,7 @@ import pytest
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf.errors import PeerLostError, TransportError  # noqa: E402
-from sparktf.transport.testing import processes, run_threads  # noqa: E402
+from sparktf.transport.testing import processes, results_of_threads, run_threads  # noqa: E402
 
 
 def outcomes_of(spoil):
@@ -61,7 +61,7 @@ def test_a_work_request_over_the_limit_is_refused_before_it_is_posted():
         # Nothing was posted, so the link still works.
         return float(comm.all_reduce(np.ones(100_000))[-1])
 
-    assert run_threads("rdma", 2, main) == [2.0, 2.0]
+    assert results_of_threads("rdma", 2, main) == [2.0, 2.0]
 
 
 def _wait_for_one(communicator):

@@ -9,7 +9,7 @@ from steps import take_step
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf.transport import Settings  # noqa: E402
-from sparktf.transport.testing import run_threads  # noqa: E402
+from sparktf.transport.testing import results_of_threads, run_threads  # noqa: E402
 from sparktf.transport.testing.lost import check_killed_process  # noqa: E402
 
 
@@ -67,7 +67,7 @@ def test_the_other_operations_cross_machines_too():
         return told[-1], [len(part) for part in gathered], texts
 
     expected = (3, [1, 2, 3, 4], [b"", b"x", b"xx", b"xxx"])
-    assert run_threads("auto", 4, main, settings=on_hosts("aabb")) == [expected] * 4
+    assert results_of_threads("auto", 4, main, settings=on_hosts("aabb")) == [expected] * 4
 
 
 def test_nothing_is_registered_after_the_first_step():
@@ -76,4 +76,4 @@ def test_nothing_is_registered_after_the_first_step():
         counts = [take_step(comm, bucket, step) for step in range(50)]
         return counts[0] > 0, len(set(counts))
 
-    assert run_threads("auto", 3, main, settings=on_hosts("aab")) == [(True, 1)] * 3
+    assert results_of_threads("auto", 3, main, settings=on_hosts("aab")) == [(True, 1)] * 3

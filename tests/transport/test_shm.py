@@ -13,7 +13,7 @@ pytest.register_assert_rewrite("sparktf.transport.testing")
 from sparktf import transport  # noqa: E402
 from sparktf.errors import ProtocolError, TransportError  # noqa: E402
 from sparktf.transport.segment import Segment  # noqa: E402
-from sparktf.transport.testing import TransportConformance, processes, run_threads  # noqa: E402
+from sparktf.transport.testing import TransportConformance, processes, results_of_threads, run_threads  # noqa: E402
 
 
 class TestShm(TransportConformance):
@@ -72,7 +72,7 @@ def test_no_name_is_left_while_ranks_still_work(made):
         comm.barrier()
         return those_left(made)
 
-    assert run_threads("shm", 3, main) == [[]] * 3
+    assert results_of_threads("shm", 3, main) == [[]] * 3
     # Of each rank: for reductions, for what was allocated, and for what it gathered to its neighbour.
     assert len(made) == 9
 

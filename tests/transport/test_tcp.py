@@ -21,6 +21,7 @@ from sparktf.transport.testing import (  # noqa: E402
     MemoryExchange,
     TransportConformance,
     processes,
+    results_of_threads,
     run_threads,
 )
 from sparktf.transport.wire import pack_header  # noqa: E402
@@ -30,7 +31,7 @@ class TestTcp(TransportConformance):
     protocol = "tcp"
 
 
-def pair(exchange_of, timeout=5.0):
+def pair(exchange_of, timeout=90.0):
     """Connect two ranks, each with ``exchange_of(rank)``; return their sums, or what they raised."""
     outcomes = [None, None]
 
@@ -53,7 +54,7 @@ def pair(exchange_of, timeout=5.0):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return outcomes
 
 
@@ -175,7 +176,7 @@ def test_a_rank_that_listens_and_does_not_come_is_named_at_the_timeout():
 def test_a_rank_that_dies_while_others_still_connect_is_reported_by_all_others(tls, words, monkeypatch):
     # Rank 1 has connected to rank 0 when it ends, and rank 2 is late; rank 3 has connected to both.
     connected, ended, begin = threading.Event(), threading.Event(), []
-    reach = mesh._reach
+    reach = mesh.reach
 
     def staged(address, group, channel, peer):
         if group.rank == 2:
@@ -198,7 +199,7 @@ def test_a_rank_that_dies_while_others_still_connect_is_reported_by_all_others(t
             plain_tell(dying, error)
 
     plain_next, plain_tell = doorman.Doorman.next, mesh.Mesh._tell
-    monkeypatch.setattr(mesh, "_reach", staged)
+    monkeypatch.setattr(mesh, "reach", staged)
     monkeypatch.setattr(doorman.Doorman, "next", next_peer)
     monkeypatch.setattr(mesh.Mesh, "_tell", tell)
     outcomes = run_threads("tcp", 4, lambda comm: comm.barrier(), timeout=30.0, settings=[Settings(tls=tls)] * 4)
@@ -214,7 +215,7 @@ def test_a_rank_that_dies_while_others_still_connect_is_reported_by_all_others(t
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_rank_that_has_nothing_to_do_may_leave_while_others_still_connect(tls, monkeypatch):
-    reach = mesh._reach
+    reach = mesh.reach
 
     def staged(address, group, channel, peer):
         if group.rank == 2 and peer == 1:
@@ -229,8 +230,8 @@ def test_a_rank_that_has_nothing_to_do_may_leave_while_others_still_connect(tls,
         comm.send(3 - comm.rank, np.full(4, comm.rank))
         return comm.recv(3 - comm.rank, np.zeros(4, int)).tolist()
 
-    monkeypatch.setattr(mesh, "_reach", staged)
-    assert run_threads("tcp", 3, main, settings=[Settings(tls=tls)] * 3) == [None, [2] * 4, [1] * 4]
+    monkeypatch.setattr(mesh, "reach", staged)
+    assert results_of_threads("tcp", 3, main, settings=[Settings(tls=tls)] * 3) == [None, [2] * 4, [1] * 4]
 
 
 @pytest.mark.parametrize("entry", [b"", b"not json", b"[]", b'{"rank": 0, "size": 3, "host": "x", "port": 1}'])
@@ -258,7 +259,7 @@ def test_the_default_address_connects():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert outcomes == [[b"\0", b"\1"]] * 2
     assert meeting.calls == [1, 1]
 
@@ -280,7 +281,7 @@ def test_ranks_meet_on_an_address_of_ipv6(host):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert outcomes == [[2.0] * 3] * 2
 
 
@@ -294,7 +295,7 @@ def test_two_groups_with_the_same_secret_do_not_mix():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert outcomes == [[0.0] * 3, [3.0] * 3]
 
 
@@ -305,7 +306,7 @@ def test_bytes_are_counted_as_the_ring_promises():
         comm.all_reduce(np.ones(length, np.float32))
         return comm.stats
 
-    for stats in run_threads("tcp", 4, main):
+    for stats in results_of_threads("tcp", 4, main):
         assert stats.bytes_sent == stats.bytes_received == 2 * 3 * length
         assert stats.operations == 1
         assert stats.seconds > 0
@@ -341,7 +342,7 @@ def test_a_larger_world_reduces_both_small_and_large(size):
     def main(comm):
         return [comm.all_reduce(np.ones(length))[-1] for length in (1, 5_000, 50_000, 600_000)]
 
-    assert run_threads("tcp", size, main) == [[size] * 4] * size
+    assert results_of_threads("tcp", size, main) == [[size] * 4] * size
 
 
 def test_the_listener_is_bound_to_its_address_and_closed_once_all_are_here():

@@ -9,7 +9,7 @@ import pytest
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf.errors import HandshakeError, ParamError, PeerLostError, ProtocolError  # noqa: E402
-from sparktf.transport import Settings, mesh  # noqa: E402
+from sparktf.transport import Settings, dial  # noqa: E402
 from sparktf.transport.doorman import Doorman, Group  # noqa: E402
 from sparktf.transport.handshake import initiate  # noqa: E402
 from sparktf.transport.testing import SECRET, TransportConformance, run_threads  # noqa: E402
@@ -27,7 +27,7 @@ class Tap:
 
     def __init__(self):
         self.seen = bytearray()
-        self._dial = mesh._dial
+        self._dial = dial._dial
 
     def dial(self, address, timeout):
         beyond = self._dial(address, timeout)
@@ -49,7 +49,7 @@ class Tap:
 @pytest.mark.parametrize("tls", [False, True])
 def test_what_travels_can_be_read_on_the_way_unless_it_is_encrypted(tls, monkeypatch):
     tap = Tap()
-    monkeypatch.setattr(mesh, "_dial", tap.dial)
+    monkeypatch.setattr(dial, "_dial", tap.dial)
     outcomes = run_threads("tcp", 2, lambda comm: comm.all_gather_bytes(MARK * 5000), settings=[Settings(tls=tls)] * 2)
     assert outcomes == [[MARK * 5000] * 2] * 2
     assert (MARK in tap.seen) != tls

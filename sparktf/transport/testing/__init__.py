@@ -21,6 +21,7 @@ from sparktf.transport.testing.worlds import (
     MemoryExchange,
     Rank,
     processes,
+    results_of_threads,
     run_threads,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Rank",
     "TransportConformance",
     "processes",
+    "results_of_threads",
     "run_threads",
 ]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparktf.errors import ParamError, TransportError
 from sparktf.transport.contract import Array, Communicator
 from sparktf.transport.reduction import OPS
-from sparktf.transport.testing.worlds import run_threads
+from sparktf.transport.testing.worlds import results_of_threads, run_threads
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "bool")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min}
@@ -73,7 +73,7 @@ class Collectives:
             assert comm.all_reduce(given_array, op) is given_array
             return given_array, shard, kept
 
-        for rank, (reduced, shard, kept) in enumerate(run_threads(self.protocol, size, main)):
+        for rank, (reduced, shard, kept) in enumerate(results_of_threads(self.protocol, size, main)):
             assert reduced.dtype == whole.dtype
             # A third has no exact binary form; everything else is exact.
             exact = op != "mean"
@@ -87,7 +87,7 @@ class Collectives:
             values = np.random.default_rng(comm.rank).standard_normal(length).astype(np.float32)
             return comm.all_reduce(values, "mean").tobytes()
 
-        results = run_threads(self.protocol, 3, main) + run_threads(self.protocol, 3, main)
+        results = results_of_threads(self.protocol, 3, main) + results_of_threads(self.protocol, 3, main)
         assert len(set(results)) == 1
 
     @_SETTINGS
@@ -96,7 +96,7 @@ class Collectives:
         def main(comm: Communicator) -> list[Array]:
             return comm.all_gather(np.full((lengths[comm.rank], 2), comm.rank, np.int32))
 
-        for parts in run_threads(self.protocol, len(lengths), main):
+        for parts in results_of_threads(self.protocol, len(lengths), main):
             assert [part.shape for part in parts] == [(length, 2) for length in lengths]
             assert all((part == rank).all() for rank, part in enumerate(parts))
 
@@ -115,7 +115,7 @@ class Collectives:
             assert all(np.shares_memory(part, memory) for part in parts if len(part))
             return bool((memory[:7] == 0).all() and (memory[7:60_007] == 2).all())
 
-        assert run_threads(self.protocol, 3, main) == [True] * 3
+        assert results_of_threads(self.protocol, 3, main) == [True] * 3
 
     @pytest.mark.parametrize("op", ["sum", "mean"])
     def test_bfloat16_on_the_wire_keeps_float32_sums_and_equal_bits(self, op: str) -> None:
@@ -125,7 +125,7 @@ class Collectives:
 
         rows = [np.random.default_rng(rank).random(300_001, np.float32) for rank in range(3)]
         whole = np.sum(rows, 0) / (3 if op == "mean" else 1)
-        outcomes = run_threads(self.protocol, 3, main)
+        outcomes = results_of_threads(self.protocol, 3, main)
         assert len({values.tobytes() for values in outcomes}) == 1
         # Three roundings to 8 bits on the way round, each of half a unit in the last place at most.
         np.testing.assert_allclose(outcomes[0], whole, rtol=3 * 2**-8)
@@ -145,7 +145,7 @@ class Collectives:
 
         try:
             # Of both ranks together: headers, views and lists of chunks.
-            assert max(run_threads(self.protocol, 2, main)) < 100_000
+            assert max(results_of_threads(self.protocol, 2, main)) < 100_000
         finally:
             tracemalloc.stop()
 
@@ -160,10 +160,10 @@ class Collectives:
                     comm.all_reduce(array, op, kind)
             return bool(comm.all_reduce(np.ones(1, np.float32), compression="bf16")[0] == comm.size)
 
-        assert run_threads(self.protocol, 2, main) == [True, True]
+        assert results_of_threads(self.protocol, 2, main) == [True, True]
 
     def test_all_gather_bytes_keeps_order_and_lengths(self) -> None:
-        outcomes = run_threads(self.protocol, 3, lambda comm: comm.all_gather_bytes(b"ab" * comm.rank))
+        outcomes = results_of_threads(self.protocol, 3, lambda comm: comm.all_gather_bytes(b"ab" * comm.rank))
         assert outcomes == [[b"", b"ab", b"abab"]] * 3
 
     @pytest.mark.parametrize("length", [0, 7, 400_000])
@@ -174,7 +174,7 @@ class Collectives:
                 for root in range(comm.size)
             ]
 
-        assert run_threads(self.protocol, 3, main) == [[True] * 3] * 3
+        assert results_of_threads(self.protocol, 3, main) == [[True] * 3] * 3
 
     def test_point_to_point_reaches_any_rank_between_collectives(self) -> None:
         def main(comm: Communicator) -> list[float]:
@@ -188,7 +188,7 @@ class Collectives:
                 comm.barrier()
             return got
 
-        assert run_threads(self.protocol, 3, main) == [[10, 20], [1, 21], [2, 12]]
+        assert results_of_threads(self.protocol, 3, main) == [[10, 20], [1, 21], [2, 12]]
 
     def test_arrays_of_any_shape_and_stride_are_reduced_in_place(self) -> None:
         def main(comm: Communicator) -> tuple[Array, Array, Array]:
@@ -196,7 +196,7 @@ class Collectives:
             comm.all_reduce(columns[:, ::2])
             return columns, comm.all_reduce(np.ones((2, 3, 4))), comm.all_reduce(np.array(2.0))
 
-        for columns, cube, scalar in run_threads(self.protocol, 2, main):
+        for columns, cube, scalar in results_of_threads(self.protocol, 2, main):
             assert columns.tolist() == [[2, 1, 2, 1]] * 6
             assert cube.shape == (2, 3, 4)
             assert scalar.shape == ()
@@ -213,7 +213,7 @@ class Collectives:
             first = step()
             return all(step() == first for _ in range(5))
 
-        assert run_threads(self.protocol, 2, main) == [True, True]
+        assert results_of_threads(self.protocol, 2, main) == [True, True]
 
     @pytest.mark.parametrize("length", [5, 1000, 700_001])
     def test_allocated_arrays_and_slices_of_them_give_what_others_give(self, length: int) -> None:
@@ -238,7 +238,7 @@ class Collectives:
                 counts.append(comm.stats.registrations)
             return equal, counts
 
-        for equal, counts in run_threads(self.protocol, 3, main):
+        for equal, counts in results_of_threads(self.protocol, 3, main):
             assert all(equal)
             assert counts[1] == counts[-1]
 
@@ -265,7 +265,7 @@ class Collectives:
             assert comm.all_gather_bytes(b"x") == [b"x"]
             return bool((comm.broadcast(comm.all_reduce(np.ones(5), "mean")) == 1).all())
 
-        assert run_threads(self.protocol, 1, main) == [True]
+        assert results_of_threads(self.protocol, 1, main) == [True]
 
     def test_a_wrong_argument_is_refused_before_anything_is_sent(self) -> None:
         def main(comm: Communicator) -> bool:
@@ -280,4 +280,4 @@ class Collectives:
                 comm.all_gather(np.array(1.0), np.empty)
             return bool(comm.all_reduce(np.ones(1))[0] == comm.size)
 
-        assert run_threads(self.protocol, 2, main) == [True, True]
+        assert results_of_threads(self.protocol, 2, main) == [True, True]

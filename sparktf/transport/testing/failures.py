@@ -17,7 +17,7 @@ import pytest
 from sparktf.errors import PeerLostError, TransportError, TransportTimeoutError
 from sparktf.transport.contract import Communicator
 from sparktf.transport.registry import connect
-from sparktf.transport.testing.worlds import SECRET, SLOWNESS, MemoryExchange, run_threads
+from sparktf.transport.testing.worlds import SECRET, SLOWNESS, MemoryExchange, results_of_threads, run_threads
 
 
 def all_raised(outcomes: list[Any], kind: type[BaseException]) -> bool:
@@ -122,14 +122,14 @@ class Failures:
             time.sleep(0.5)
             return float(comm.recv(0, np.zeros(1000))[-1])
 
-        assert run_threads(self.protocol, 2, main) == [7.0, 7.0]
+        assert results_of_threads(self.protocol, 2, main) == [7.0, 7.0]
 
     def test_closing_right_after_the_last_operation_loses_nothing(self) -> None:
         def main(comm: Communicator) -> float:
             return float(comm.all_reduce(np.ones(300_000))[-1])
 
         for _ in range(5):
-            assert run_threads(self.protocol, 3, main) == [3.0] * 3
+            assert results_of_threads(self.protocol, 3, main) == [3.0] * 3
 
     def test_a_closed_communicator_refuses_operations_and_a_second_close_is_nothing(self) -> None:
         def main(comm: Communicator) -> str:

@@ -25,8 +25,8 @@ SLOWNESS = float(os.environ.get("SPARKTF_TEST_SLOWNESS", "1"))
 For emulated machines only; see ``tests/rdma/vm.py``.
 """
 
-# Every wait of a test ends, whatever is broken.
-_PATIENCE = 60.0 * SLOWNESS
+# Every wait of a test ends, whatever is broken; later than a virtual machine stands still that its host has paused.
+_PATIENCE = 180.0 * SLOWNESS
 
 
 class MemoryExchange:
@@ -93,7 +93,7 @@ def run_threads(
     size: int,
     main: Callable[[Communicator], Any],
     *,
-    timeout: float = 20.0,
+    timeout: float = 90.0,
     secrets: list[bytes] | None = None,
     settings: Sequence[Settings] | None = None,
 ) -> list[Any]:
@@ -135,6 +135,26 @@ def run_threads(
         thread.join(_PATIENCE)
         if thread.is_alive():
             raise TimeoutError(f"Rank {rank} of {size} did not end within {_PATIENCE} s.")
+    return outcomes
+
+
+def results_of_threads(protocol: str, size: int, main: Callable[[Communicator], Any], **options: Any) -> list[Any]:
+    """Run ``main(communicator)`` as `run_threads` does, on ranks of which none may fail.
+
+    Returns
+    -------
+    list
+        By rank: what `main` returned.
+
+    Raises
+    ------
+    BaseExceptionGroup
+        What the ranks that failed have raised, all of it: the first of them may only have heard of another's failure.
+    """
+    outcomes = run_threads(protocol, size, main, **options)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if failures:
+        raise BaseExceptionGroup(f"{len(failures)} of {size} ranks over {protocol} failed", failures)
     return outcomes
 
 
