@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -76,6 +77,26 @@ def start_spark() -> Iterator[Callable[..., Any]]:
 def spark(start_spark: Callable[..., Any]) -> Any:
     """Return a session of four task slots in one process."""
     return start_spark("local[4]")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuner() -> Iterator[None]:
+    """Iterate over every tf.data.Dataset of the tests, also Keras's own over arrays, without TensorFlow's tuner.
+
+    The tuner of an iterator sleeps for as long as that has lived, up to a minute. When the iterator is collected, at
+    any time and in any thread, it is woken, and goes back to sleep where it looks before it has been cancelled.
+    """
+    if "tensorflow" not in sys.modules:
+        yield
+        return
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    iterate = tf.data.Dataset.__iter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data.Dataset, "__iter__", lambda dataset: iterate(dataset.with_options(options)))
+        yield
 
 
 def pytest_sessionfinish() -> None:

@@ -173,13 +173,6 @@ def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_score_runs_alone_and_prints_one_line(pipeline_model: str, table: str, tmp_path: Path) -> None:
-    arguments = ["score", "--model", pipeline_model, "--input", table, "--output", "scored"]
-    answer = _run([sys.executable, "-m", "sparktf", *arguments], tmp_path)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert re.fullmatch(r"scored 100 rows in .* to scored\n", answer.stdout)
-
-
 @pytest.mark.long
 def test_score_runs_under_spark_submit(pipeline_model: str, table: str, tmp_path: Path) -> None:
     from pyspark.find_spark_home import _find_spark_home
@@ -206,7 +199,7 @@ def tf_model(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def test_score_loads_a_tensorflow_model_by_itself_and_in_a_pipeline(
+def test_score_loads_a_tensorflow_model_and_runs_alone_on_a_pipeline_with_one_line_on_the_screen(
     spark: Any, table: str, tf_model: str, tmp_path: Path
 ) -> None:
     from pyspark.ml import PipelineModel
@@ -225,6 +218,7 @@ def test_score_loads_a_tensorflow_model_by_itself_and_in_a_pipeline(
         tmp_path,
     )
     assert (answer.returncode, answer.stderr) == (0, "")
+    assert re.fullmatch(r"scored 100 rows in .* to piped\n", answer.stdout)
     alone, piped = (spark.read.parquet(str(tmp_path / name)) for name in ("alone", "piped"))
     assert set(alone.columns) == {"id", "x", "label", "features", "prediction", "probability", "rawPrediction"}
     assert {row.id: row.prediction for row in alone.collect()} == {row.id: row.prediction for row in piped.collect()}

@@ -45,7 +45,7 @@ def read_examples(system: Any, path: str, schema: pa.Schema) -> Iterator[pa.Reco
     specs = {field.name: tf.io.RaggedFeature(_dtype(tf, field.type), row_splits_dtype=tf.int32) for field in schema}
     with _local(system, path) as name:
         try:
-            for records in tf.data.TFRecordDataset(name, _compression(path)).batch(BATCH_ROWS):
+            for records in _records(tf, name, path).batch(BATCH_ROWS):
                 parsed = tf.io.parse_example(records, specs)
                 arrays = [_array(field, parsed[field.name]) for field in schema]
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -96,12 +96,20 @@ def features_of(system: Any, path: str, limit: int) -> dict[str, tuple[str, int]
     found: dict[str, tuple[str, int]] = {}
     with _local(system, path) as name:
         try:
-            for record in tf.data.TFRecordDataset(name, _compression(path)).take(limit).as_numpy_iterator():
+            for record in _records(tf, name, path).take(limit).as_numpy_iterator():
                 for feature, kind, count in _counted(tf.train.Example.FromString(record)):
                     found[feature] = kind, max(count, found.get(feature, (kind, 0))[1])
         except tf.errors.OpError as error:
             raise DataError(f"tfrecord: {path!r}: expected records, received {error.message}") from error
     return found
+
+
+def _records(tf: Any, name: str, path: str) -> Any:
+    options = tf.data.Options()
+    # There is nothing to tune; and an iterator that ends may have to wait for TensorFlow's tuner, which sleeps for as
+    # long as it has lived, up to a minute, and misses at times that it is woken.
+    options.autotune.enabled = False
+    return tf.data.TFRecordDataset(name, _compression(path)).with_options(options)
 
 
 def _counted(example: Any) -> Iterator[tuple[str, str, int]]:

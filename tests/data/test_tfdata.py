@@ -101,6 +101,13 @@ def test_evaluation_gives_every_row_once_without_empty_batches(spool):
     assert [y.tolist() for _, y in dataset.as_numpy_iterator()] == [[9, 8, 7, 6], [5, 4, 3, 2], [1, 0]]
 
 
+def test_iterators_need_not_wait_for_tensorflows_tuner_when_they_end(spool):
+    training = training_dataset(spool, lambda: np.arange(ROWS), 4, 3, features=["x"])
+    evaluation = evaluation_dataset(spool, spool.order, 4, features=["x"], labels=["y"])
+    for dataset in (training, evaluation, training.map(lambda x: x)):
+        assert dataset.options().autotune.enabled is False
+
+
 def test_one_column_may_be_both_input_and_label(spool):
     x, y = next(iter(evaluation_dataset(spool, spool.order, 4, features=["x"], labels=["x"])))
     assert np.array_equal(x, y)
