@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import time
 
 from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError
 from sparktf.transport.doorman import Group
-from sparktf.transport.handshake import initiate
+from sparktf.transport.handshake import hung_up, initiate, too_slow
 
 # The kernel doubles the number and cuts it to net.core.[rw]mem_max. Enough for 100 Gbit/s over 0.1 ms; what waits in
 # larger ones leaves the processor's caches, which cost a fifth of the rate between two processes, half among four.
 _SOCKET_BUFFER = 1024 * 1024
-# How often to call again; each time lasts as long as the peer's patience with strangers at least.
+# How often to call again, and what a peer that hangs up at once is given to come to itself.
 _REDIALS = 3
+_PAUSE_SECONDS = 0.1
 
 
 def reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> socket.socket:
@@ -56,6 +56,7 @@ def reach(address: tuple[str, int], group: Group, channel: str, peer: int) -> so
         except PeerLostError as exc:
             if not isinstance(exc.__cause__, HandshakeError):
                 raise
+        time.sleep(_PAUSE_SECONDS)
     return _attempt(address, group, channel, peer)
 
 
@@ -85,9 +86,10 @@ def _attempt(address: tuple[str, int], group: Group, channel: str, peer: int) ->
     except HandshakeError as exc:
         sock.close()
         message = f"Handshake with {where} failed. {exc}"
-        if isinstance(exc.__cause__, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-            # It refused nothing; it has ended.
+        if hung_up(exc):
             raise PeerLostError(message, peer) from exc
+        if too_slow(exc):
+            raise TransportTimeoutError(message) from exc
         raise HandshakeError(message) from exc
     except BaseException:
         sock.close()

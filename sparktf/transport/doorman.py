@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from sparktf._version import __version__
 from sparktf.errors import HandshakeError, PeerLostError, TransportTimeoutError
-from sparktf.transport.handshake import Identity, accept
+from sparktf.transport.handshake import Identity, accept, hung_up, too_slow
 from sparktf.transport.tls import Credentials
 
 # What a connection is for. Data, and back: what answers data where it must not be taken for data.
@@ -188,7 +188,12 @@ class Doorman:
                 raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
             ready = self._secure(sock, theirs, deadline)
         except HandshakeError as exc:
-            self._finish(sock, exc)
+            if hung_up(exc) or too_slow(exc):
+                # It calls again where it is still there, as after a pause of the machine.
+                self._refused = f"{address[0]}:{address[1]}: {exc}"
+                self._finish(sock, None)
+            else:
+                self._finish(sock, exc)
             return
         self._finish(sock, (theirs["channel"], peer, ready))
 

@@ -19,10 +19,11 @@ import hmac
 import json
 import secrets
 import socket
+import ssl
 import time
 from typing import Any
 
-from sparktf.errors import HandshakeError, TransportError
+from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError
 from sparktf.transport.framing import recv_frame, send_frame
 
 NONCE_BYTES = 32
@@ -33,6 +34,9 @@ _HELLO, _CHALLENGE, _PROOF, _REFUSED = range(1, 5)
 _LABEL = b"sparktf handshake 1"
 
 Identity = dict[str, Any]
+
+# What a handshake fails of where the peer ends the connection; every `TransportError` is a `ConnectionError`, too.
+_HUNG_UP = (PeerLostError, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 def initiate(sock: socket.socket, secret: bytes, identity: Identity, deadline: float) -> Identity:
@@ -94,6 +98,16 @@ def accept(sock: socket.socket, secret: bytes, identity: Identity, deadline: flo
         raise HandshakeError(f"The peer did not finish the handshake: {exc}") from exc
 
 
+def hung_up(error: HandshakeError) -> bool:
+    """Tell whether the peer has refused nothing, but ended the connection: it has ended, or has lost its patience."""
+    return isinstance(error.__cause__, _HUNG_UP)
+
+
+def too_slow(error: HandshakeError) -> bool:
+    """Tell whether the peer has refused nothing, but not finished in time."""
+    return isinstance(error.__cause__, TimeoutError)
+
+
 def _send(sock: socket.socket, kind: int, payload: bytes, deadline: float) -> None:
     send_frame(sock, kind, payload, _left(deadline))
 
@@ -113,7 +127,7 @@ def _recv(sock: socket.socket, expected: int, deadline: float) -> bytes:
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise HandshakeError("The peer did not finish the handshake in time.")
+        raise TransportTimeoutError("The time allowed has ended.")
     return left
 
 

@@ -134,7 +134,7 @@ def run_threads(
     for rank, thread in enumerate(threads):
         thread.join(_PATIENCE)
         if thread.is_alive():
-            raise TimeoutError(f"Rank {rank} of {size} did not end within {_PATIENCE} s.")
+            raise TimeoutError(f"Rank {rank} of {size} did not end within {_PATIENCE} s; the others: {outcomes}.")
     return outcomes
 
 
@@ -203,7 +203,7 @@ def processes(
 ) -> Iterator[list[Rank]]:
     """Run ``main(communicator)`` on every rank of a group of processes.
 
-    Each rank reports ``{"event": "connected"}`` and then, where `main` raises, ``{"event": "failed", "error",
+    Each rank reports ``{"event": "connected"}`` and, where that or `main` raises, ``{"event": "failed", "error",
     "peer", "reason", "message", "at"}``; ``at`` is ``time.monotonic()``, one clock for all processes.
 
     Parameters
@@ -212,6 +212,8 @@ def processes(
         A module-level function.
     directory : Path
         An empty directory for the rendezvous.
+    timeout : float
+        Seconds, multiplied by `SLOWNESS`.
     """
     context = multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
@@ -239,12 +241,10 @@ def _process_main(
     reports: Connection,
 ) -> None:
     exchange = FileExchange(directory, rank, size)
-    communicator = connect(
-        protocol, rank=rank, size=size, exchange=exchange, secret=SECRET, timeout=timeout * SLOWNESS, host="127.0.0.1"
-    )
-    reports.send_bytes(b'{"event": "connected"}')
+    options: dict[str, Any] = {"secret": SECRET, "timeout": timeout * SLOWNESS, "host": "127.0.0.1"}
     try:
-        with communicator:
+        with connect(protocol, rank=rank, size=size, exchange=exchange, **options) as communicator:
+            reports.send_bytes(b'{"event": "connected"}')
             main(communicator)
     except Exception as exc:
         failure = {
