@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from sparktf.cluster.gpus import task_gpus, visible_gpus
 from sparktf.cluster.hearing import hear
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.leash import die_with_parent, job_environment
@@ -89,8 +90,9 @@ def train_in_child(
         command = [sys.executable, "-m", "sparktf.cluster.child", str(theirs.fileno())]
         fds = spool.fds()
         with theirs:
+            environment = {**job_environment(), **visible_gpus(task_gpus())}
             child = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(), *fds), env=job_environment(), stdin=subprocess.DEVNULL
+                command, pass_fds=(theirs.fileno(), *fds), env=environment, stdin=subprocess.DEVNULL
             )
         told = {
             # Its archive follows: a broadcast variable cannot be pickled on a worker.

@@ -18,6 +18,7 @@ from sparktf.cluster.child import train_in_child
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.fit_logs import FitLogs
+from sparktf.cluster.gpus import check_gpus
 from sparktf.cluster.job import GRPC, Job, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
 from sparktf.cluster.serving import train_asynchronously
@@ -199,6 +200,11 @@ def _train_on_rows(
     batches: Iterable[Any], job: TrainJob, communicator: Communicator, control: ControlClient, host: str, threads: int
 ) -> list[Result]:
     started = time.monotonic()
+    on_gpus = check_gpus(communicator, host)
+    if on_gpus:
+        # This process only looks at the model: what TensorFlow takes of a GPU's memory it keeps, and Spark reuses this
+        # process. The child sees the task's.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     available = start_tensorflow(threads, op_threads(threads, job.world_size, job.small_model))
     program: Program = cloudpickle.loads(job.program)
     interval = min(_MEET_SECONDS, job.timeout / 4)
@@ -217,7 +223,7 @@ def _train_on_rows(
                     job, model, specs, spool, communicator, host, threads, report, control.alive
                 )
             else:
-                fits = threads == available and not job.over_grpc
+                fits = threads == available and not job.over_grpc and not on_gpus
                 told = _train_in_lockstep(job, program, model, specs, spool, communicator, host, threads, report, fits)
         told["notices"] += logs.notices
         told |= {

@@ -7,18 +7,18 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from io import BufferedRandom
 from typing import Any
 
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.fit_logs import executor_host
+from sparktf.cluster.gpus import check_gpus, task_gpus, visible_gpus
 from sparktf.cluster.leash import job_environment
 from sparktf.cluster.node import Result, barrier_task
 from sparktf.cluster.spooling import local_directory
 from sparktf.cluster.tensorboard import TensorBoard
-from sparktf.errors import ClusterError
 from sparktf.program.feeder import Feeder, Partition
 from sparktf.program.feeds import check_partitions
 from sparktf.program.job import ProgramJob
@@ -75,8 +75,7 @@ def supervise(
     ClusterError
         Spark gave one GPU to several nodes, or TensorBoard does not start.
     """
-    gpu_addresses = _gpus()
-    check_gpus([json.loads(p) for p in communicator.all_gather_bytes(json.dumps([host, gpu_addresses]).encode())])
+    check_gpus(communicator, host)
     with contextlib.ExitStack() as stack:
         tensorboard = None
         if job.tensorboard and communicator.rank == 0:
@@ -84,7 +83,7 @@ def supervise(
             started = TensorBoard(job.log_dir, executor_host(), min(_TENSORBOARD_SECONDS, job.timeout / 2))
             tensorboard = stack.enter_context(contextlib.closing(started))
         result = stack.enter_context(tempfile.TemporaryFile(dir=local_directory()))
-        child = stack.enter_context(ChildProcess("sparktf.program.child", result, _environment(gpu_addresses)))
+        child = stack.enter_context(ChildProcess("sparktf.program.child", result, _environment()))
         feeder = stack.enter_context(
             Feeder(Partition(batches, job.feeds), communicator.rank, job.roles.compute_ranks, bool(job.feeds))
         )
@@ -97,43 +96,9 @@ def supervise(
         return _deliver(result, job, control)
 
 
-def _gpus() -> list[str]:
-    """Return the addresses of the GPUs that Spark gave to this task."""
-    from pyspark import TaskContext
-
-    context = TaskContext.get()
-    resources = {} if context is None else context.resources()
-    return list(resources["gpu"].addresses) if "gpu" in resources else []
-
-
-def check_gpus(nodes: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Check that no GPU of a host was given to two nodes.
-
-    Parameters
-    ----------
-    nodes : sequence of (str, sequence of str)
-        Each rank's host and the addresses of its GPUs.
-
-    Raises
-    ------
-    ClusterError
-    """
-    owners: dict[tuple[str, str], int] = {}
-    for rank, (host, addresses) in enumerate(nodes):
-        for address in addresses:
-            if (owner := owners.setdefault((host, address), rank)) != rank:
-                raise ClusterError(
-                    f"Expected every node to have GPUs of its own; received GPU {address} of host {host} for ranks "
-                    f"{owner} and {rank}. A task must have whole GPUs (spark.task.resource.gpu.amount of 1 or more), "
-                    "and executors on one host different ones (spark.worker.resource.gpu.discoveryScript)."
-                )
-
-
-def _environment(gpu_addresses: Sequence[str]) -> dict[str, str]:
-    environment = {**job_environment(), "PYTHONUNBUFFERED": "1"}
+def _environment() -> dict[str, str]:
+    environment = {**job_environment(), **visible_gpus(task_gpus()), "PYTHONUNBUFFERED": "1"}
     environment.pop("TF_CONFIG", None)
-    if gpu_addresses:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_addresses)
     return environment
 
 

@@ -24,6 +24,7 @@ _START_SECONDS, _JOB_SECONDS = 60.0, 400.0
 # A process holds one SparkContext, and the other tests' is local.
 _DRIVER = """
 import json
+import os
 import keras
 import programs
 from sparktf import TFEstimator, local_session, run
@@ -34,7 +35,11 @@ told = {{}}
 rows = spark.range(64).selectExpr("cast(id % 8 as float) as x", "2 * (id % 8) as label")
 model = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(1)])
 model.compile(keras.optimizers.SGD(0.01), "mse")
-estimator = TFEstimator(model=model, inputCols=["x"], numWorkers=2, epochs=3, batchSize=8)
+class SeesGpus(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        open(os.path.join({seen!r}, os.environ["CUDA_VISIBLE_DEVICES"]), "w").close()
+
+estimator = TFEstimator(model=model, inputCols=["x"], numWorkers=2, epochs=3, batchSize=8, callbacks=[SeesGpus()])
 for turn in ("first", "second"):
     told[turn + " fit"] = [float(loss) for loss in estimator.fit(rows).summary.history["loss"]]
     told[turn + " run"] = run(programs.rows, spark=spark, num_workers=2, dataset=rows)
@@ -99,7 +104,7 @@ def _said(log: Path, pattern: str) -> str:
     return found[1]
 
 
-def _told_by_a_driver(master: str, spark_settings: dict[str, object]) -> dict[str, Any]:
+def _told_by_a_driver(master: str, spark_settings: dict[str, object], seen: Path) -> dict[str, Any]:
     settings = {
         **spark_settings,
         "spark.driver.host": "127.0.0.1",
@@ -108,7 +113,7 @@ def _told_by_a_driver(master: str, spark_settings: dict[str, object]) -> dict[st
         "spark.executor.resource.gpu.amount": 1,
         "spark.task.resource.gpu.amount": 1,
     }
-    script = _DRIVER.format(master=master, settings=settings)
+    script = _DRIVER.format(master=master, settings=settings, seen=str(seen))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=_JOB_SECONDS)
     found = re.search(r"^TOLD (.*)", done.stdout, re.MULTILINE)
     assert found is not None, done.stdout + done.stderr
@@ -116,8 +121,12 @@ def _told_by_a_driver(master: str, spark_settings: dict[str, object]) -> dict[st
     return told
 
 
-def test_fits_and_runs_take_turns_on_a_standalone_cluster(master: str, spark_settings: dict[str, object]) -> None:
-    told = _told_by_a_driver(master, spark_settings)
+def test_fits_and_runs_take_turns_on_a_standalone_cluster_each_node_with_its_gpu(
+    master: str, spark_settings: dict[str, object], tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    told = _told_by_a_driver(master, spark_settings, seen)
     assert len(told["first fit"]) == 3
     assert told["first fit"][-1] < told["first fit"][0]
     assert told["first fit"] == told["second fit"]
@@ -125,6 +134,6 @@ def test_fits_and_runs_take_turns_on_a_standalone_cluster(master: str, spark_set
     for turn in ("first", "second"):
         assert sum(found[0][1] for found in told[f"{turn} run"]) == total
         assert len({found[0][0] for found in told[f"{turn} run"]}) == 1
-    assert sorted(told["gpus"]) == ["3", "5"]
+    assert sorted(told["gpus"]) == sorted(os.listdir(seen)) == ["3", "5"]
     assert told["error"].startswith("Rank 1 (worker 0) failed: ValueError: exploded on 1")
     assert told["after it"] == [3.0, 3.0]
