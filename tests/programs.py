@@ -116,7 +116,8 @@ def speaks(args: Any, ctx: Any) -> None:
     print("to stdout")
     print("to stderr", file=sys.stderr)
     logging.getLogger("mine").info("to the log")
-    ctx.report(step=7, loss=np.float32(0.5), note="on")
+    # As numpy gets strings from tensors.
+    ctx.report(step=7, loss=np.float32(0.5), note=np.array(b"on", object), words=np.array([b"caf\xe9"], object))
     time.sleep(args or 0)
     os.write(1, b"no end of line")
 

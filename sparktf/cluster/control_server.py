@@ -174,12 +174,15 @@ class ControlServer:
                 self._listen(connection, rank)
             except TransportTimeoutError:
                 self._fail(self._silent(rank))
-            except TransportError:
+            except PeerLostError:
                 # The node vanished: a node that leaves in good order says so first.
                 if not self._closed:
                     self._fail(
                         NodeFailure(rank, "", "its process ended without a word (killed, perhaps for its memory)", "")
                     )
+            except TransportError as error:
+                # What else it says cannot be followed any more.
+                self._fail(NodeFailure(rank, "", f"what it told the driver could not be read: {error}".rstrip("."), ""))
             except OSError as error:
                 self._fail(NodeFailure(rank, "", f"its file could not be written on the driver: {error}", ""))
 

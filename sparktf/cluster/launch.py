@@ -94,7 +94,7 @@ def run_training(
         A node failed; with its rank and traceback. sparktf's own errors are raised as they are instead.
     """
     spark = feed.sparkSession
-    check_cluster(spark, world_size)
+    check_nodes(spark, world_size - num_ps, num_ps)
     job = TrainJob(
         job_id=uuid.uuid4().hex[:12],
         world_size=world_size,
@@ -126,6 +126,17 @@ def run_training(
         on_progress=on_progress,
     )
     return _result(outcome, job, path)
+
+
+def check_nodes(spark: Any, num_workers: int, num_ps: int) -> None:
+    """Check that this session can run so many workers and parameter servers at once.
+
+    Raises
+    ------
+    SlotsError, ClusterError
+    """
+    nodes = num_workers + num_ps
+    check_cluster(spark, nodes, f"{nodes} nodes (numWorkers={num_workers}, numPs={num_ps})" if num_ps else None)
 
 
 def _result(outcome: Outcome, job: TrainJob, path: str) -> TrainingResult:

@@ -85,6 +85,11 @@ def column_type(schema: T.StructType, column: str, use: str) -> ColumnType:
     return ColumnType(column, NUMBER, depth, integral, 1 if depth == 0 else None, sql=sql_name(schema, column))
 
 
+def type_name(schema: T.StructType, column: str) -> str:
+    """Return a column's type as people know it from Spark: ``"array<double>"``."""
+    return str(_find(schema, column).dataType.simpleString())
+
+
 def check_flag(schema: T.StructType, column: str, use: str) -> None:
     """Check that a column is boolean.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 
 # A callback with this attribute set to True runs on the chief only.
 CHIEF_ONLY_MARK = "sparktf_chief_only"
+
+# Numbers of an epoch that a screen shows; a metric may have one for every class.
+_SHOWN = 1000
 
 # Keras's own that write files, by name: the set differs between Keras versions.
 _WRITERS = (
@@ -141,6 +145,7 @@ def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, inte
                 report({})
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            report({"epoch": epoch + 1, "logs": numbers(logs or {}), "seconds": time.monotonic() - self._began})
+            shown = dict(itertools.islice(numbers(logs or {}).items(), _SHOWN))
+            report({"epoch": epoch + 1, "logs": shown, "seconds": time.monotonic() - self._began})
 
     return _Progress()

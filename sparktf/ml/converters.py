@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparktf.errors import ParamError
-
-# Sockets take no longer timeouts everywhere.
-_WEEK = 604_800
+from sparktf.transport.registry import check_timeout
 
 
 def wrong_type(name: str, expected: str, value: Any) -> TypeError:
@@ -51,8 +49,7 @@ def positive_seconds(name: str) -> Callable[[Any], float]:
         if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
             raise wrong_type(name, "a number of seconds", value)
         result = float(value)
-        if not 0 < result <= _WEEK:
-            raise ParamError(f"{name}: expected seconds, greater than 0 and at most {_WEEK}. Received: {result}")
+        check_timeout(result, name)
         return result
 
     return convert

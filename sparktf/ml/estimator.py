@@ -13,8 +13,9 @@ from pyspark.ml import Estimator
 
 from sparktf.cluster.connect import check_returnable, result_limit
 from sparktf.cluster.job import GRPC, Payload, Program
-from sparktf.cluster.launch import run_training, temporary_directory
-from sparktf.cluster.preflight import check_cluster, is_connect
+from sparktf.cluster.launch import check_nodes, run_training, temporary_directory
+from sparktf.cluster.pickling import pickled
+from sparktf.cluster.preflight import is_connect
 from sparktf.distribute.buckets import gradient_bytes
 from sparktf.distribute.checks import loss_reduction
 from sparktf.distribute.custom_objects import custom_objects
@@ -203,7 +204,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
                 "own ring sends gradients as they are. Choose another protocol."
             )
         feed = plan_feed(self, dataset.schema)
-        check_cluster(dataset.sparkSession, self.getNumWorkers() + self._servers())
+        check_nodes(dataset.sparkSession, self.getNumWorkers(), self._servers())
         return feed if model is None else feed.for_model(model)
 
     def _servers(self) -> int:
@@ -226,26 +227,6 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
             payload.close()
 
     def _program(self, objects: Mapping[str, Any], feed: Feed) -> bytes:
-        return pickled(Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed))
-
-
-def pickled(program: Program) -> bytes:
-    """Pickle what nodes run, for Spark's own channel.
-
-    Raises
-    ------
-    ParamError
-        Naming the part that cannot be pickled.
-    """
-    from pyspark import cloudpickle
-
-    parts = {"modelFn": program.model_fn, "callbacks": program.callbacks, "custom objects": program.custom_objects}
-    for name, part in parts.items():
-        try:
-            cloudpickle.dumps(part)  # type: ignore[no-untyped-call]
-        except Exception as error:  # whatever a user's object raises when it is pickled
-            raise ParamError(
-                f"{name}: expected objects that can be sent to the executors, received one that cannot be pickled: "
-                f"{error}. Open files, locks, sessions and connections must be made on the node."
-            ) from error
-    return bytes(cloudpickle.dumps(program))  # type: ignore[no-untyped-call]
+        program = Program(self.getModelFn(), objects, tuple(self.getCallbacks() or ()), feed)
+        parts = {"modelFn": program.model_fn, "callbacks": program.callbacks, "custom objects": objects}
+        return pickled(program, parts)

@@ -184,12 +184,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
             self.getRawPredictionCol(),
             self.getOutputMapping(),
         )
-        for field in fields:
-            if field.column in dataset.columns:
-                raise ParamError(
-                    f"column {field.column!r} is in the DataFrame already. Expected a new name for the "
-                    f"model's {field.role}, or drop the column first"
-                )
+        _check_new(fields, dataset)
         inputs = fill_inputs(input_columns(self, dataset.schema), signature.inputs)
         expressions = [column.expression(sparse=False) for column in inputs]
         if not fields:
@@ -229,6 +224,19 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
         archive = self._trained.archive
         trained = f", epochs={self._summary.epochs}" if self._summary is not None else ""
         return f"TFModel: uid={self.uid}, archive={archive.size:,} bytes{trained}"
+
+
+def _check_new(fields: Sequence[OutputField], dataset: DataFrame) -> None:
+    """Refuse outputs in place of columns; Spark itself would replace them without a word."""
+    exact = str(dataset.sparkSession.conf.get("spark.sql.caseSensitive", "false")).lower() == "true"
+    there = {column if exact else column.lower(): column for column in dataset.columns}
+    for field in fields:
+        name = field.column if exact else field.column.lower()
+        if name in there:
+            raise ParamError(
+                f"column {there[name]!r} is in the DataFrame already. Expected a new name for the "
+                f"model's {field.role}, received {field.column!r}; or drop the column first"
+            )
 
 
 def _apart_from_scans(

@@ -46,6 +46,9 @@ FORMAT = 1
 # Values that are not JSON; the model is saved beside the metadata, the other two cannot be saved at all.
 _NOT_JSON = ("model", "modelFn", "callbacks")
 
+# What a saved stage holds: its archive, and sparktf's entry in the metadata.
+_Content = tuple[ModelArchive | None, dict[str, Any]]
+
 
 class _Writer(MLWriter):
     """What writers of both stages share."""
@@ -53,6 +56,7 @@ class _Writer(MLWriter):
     def __init__(self, stage: Params) -> None:
         super().__init__()
         self.stage: Any = stage
+        self._prepared: _Content | None = None
 
     def _handleOverwrite(self, path: str) -> None:
         if is_connect(self.sparkSession):
@@ -64,13 +68,15 @@ class _Writer(MLWriter):
             super()._handleOverwrite(path)
 
     def save(self, path: str) -> None:
-        """Save the stage.
+        """Save the stage; what is to be overwritten is deleted only once the new stage is known to be one to save.
 
         Raises
         ------
         PersistenceError
             Something is at the path already, or the stage holds what cannot be saved.
         """
+        # Spark deletes the old stage before it calls saveImpl.
+        self._prepared = self._prepare()
         try:
             super().save(path)
         except AnalysisException as exc:
@@ -79,8 +85,28 @@ class _Writer(MLWriter):
             raise PersistenceError(
                 f"there is something at {path!r} already. Use write().overwrite().save(...) to replace it"
             ) from exc
+        finally:
+            self._prepared = None
 
-    def _write(self, path: str, archive: ModelArchive | None, extra: Mapping[str, Any]) -> None:
+    def saveImpl(self, path: str) -> None:
+        """Write metadata and archive.
+
+        Raises
+        ------
+        PersistenceError
+            The stage holds what cannot be saved.
+        """
+        archive, entry = self._prepared or self._prepare()
+        params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in _NOT_JSON}
+        DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, {"sparktf": entry}, params)
+        if archive is not None:
+            write_chunks(self.sparkSession, archive, os.path.join(path, "archive"))
+
+    def _prepare(self) -> _Content:
+        """Make all that is written, or refuse to."""
+        raise NotImplementedError
+
+    def _content(self, archive: ModelArchive | None, extra: Mapping[str, Any]) -> _Content:
         entry: dict[str, Any] = {"format": FORMAT, "versions": versions(), **extra}
         if archive is not None:
             entry["archive"] = {
@@ -89,37 +115,26 @@ class _Writer(MLWriter):
                 "digest": archive.digest,
                 "chunks": chunk_count(archive),
             }
-        params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in _NOT_JSON}
-        DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, {"sparktf": entry}, params)
-        if archive is not None:
-            write_chunks(self.sparkSession, archive, os.path.join(path, "archive"))
+        return archive, entry
 
 
 class ModelWriter(_Writer):
     """Writes a TFModel."""
 
-    def saveImpl(self, path: str) -> None:
-        """Write metadata, summary and archive."""
+    def _prepare(self) -> _Content:
         trained, summary = self.stage._trained, self.stage._summary
         extra = {
             "signature": trained.signature.to_dict(),
             "savedSignature": trained.saved_signature,
             "summary": summary.to_json() if summary is not None else None,
         }
-        self._write(path, trained.archive, extra)
+        return self._content(trained.archive, extra)
 
 
 class EstimatorWriter(_Writer):
-    """Writes a TFEstimator and its model."""
+    """Writes a TFEstimator and its compiled model, where there is one; refuses modelFn and callbacks."""
 
-    def saveImpl(self, path: str) -> None:
-        """Write metadata, and the compiled model where there is one.
-
-        Raises
-        ------
-        PersistenceError
-            The estimator has a modelFn or callbacks.
-        """
+    def _prepare(self) -> _Content:
         for name, fix in {
             "modelFn": "Give the model itself (model=...) to an estimator that is to be saved",
             "callbacks": "Clear them first, and set them again after loading",
@@ -130,7 +145,7 @@ class EstimatorWriter(_Writer):
                     f"stage never runs code from a file. {fix}"
                 )
         model = self.stage.getModel()
-        self._write(path, ModelArchive.from_model(model) if model is not None else None, {})
+        return self._content(ModelArchive.from_model(model) if model is not None else None, {})
 
 
 class _Reader(MLReader[Any]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import types as T
 
 from sparktf.cluster.dealing import deal_out, row_id
-from sparktf.cluster.schema import ColumnType, check_flag, column_type
+from sparktf.cluster.schema import TEXT, ColumnType, check_flag, column_type, type_name
 from sparktf.errors import ParamError
 from sparktf.ml.feed import ID, Feed
 from sparktf.ml.inputs import FeedColumn, input_columns
@@ -39,8 +39,11 @@ def plan_feed(params: _TFEstimatorParams, schema: T.StructType) -> Feed:
         else [(output, column, f"labelMapping[{output!r}]") for output, column in mapping.items()]
     )
     weight = _optional(params, schema, "weightCol")
-    if weight is not None and weight.depth:
-        raise ParamError(f"weightCol: expected one number a row, received the array column {weight.column!r}.")
+    if weight is not None and (weight.depth or weight.kind == TEXT):
+        raise ParamError(
+            f"weightCol: expected one number a row, received column {weight.column!r} of type "
+            f"{type_name(schema, weight.column)}."
+        )
     flag = _optional(params, schema, "validationIndicatorCol")
     if flag is not None:
         check_flag(schema, flag.column, "validationIndicatorCol")

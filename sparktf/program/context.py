@@ -13,7 +13,7 @@ from sparktf.program import wire
 from sparktf.program.export import export_model
 from sparktf.program.ingest import Batch, Batching, Ingest
 from sparktf.program.job import ProgramJob
-from sparktf.program.link import TaskLink
+from sparktf.program.link import TaskLink, plain
 from sparktf.program.roles import PS
 from sparktf.program.training import Training
 from sparktf.transport import Communicator
@@ -254,7 +254,7 @@ class Context:
 
     def report(self, **values: Any) -> None:
         """Show values on the driver's screen, such as ``step=10, loss=0.5``: numbers, text, NumPy's, tensors."""
-        self._link.tell(wire.PROGRESS, {name: np.asarray(value).tolist() for name, value in values.items()})
+        self._link.tell(wire.PROGRESS, {name: plain(np.asarray(value).tolist()) for name, value in values.items()})
 
     def export(self, model: Any, path: str, overwrite: bool = False) -> str:
         """Write a model, on the chief; others return at once. It appears when it is complete, or not at all.

@@ -117,3 +117,10 @@ class TaskLink:
                 self._answers.put(json.loads(payload))
             elif kind == wire.STOP:
                 self.workers_done.set()
+
+
+def plain(value: Any) -> Any:
+    """Return a value, or lists of them, as JSON can hold it: bytes, as which strings come from tensors, as text."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return [plain(part) for part in value] if isinstance(value, list) else value

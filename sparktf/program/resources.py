@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from sparktf.cluster.preflight import in_this_process, is_connect
 from sparktf.errors import ParamError
+
+# Spark gives out no parts of a core. It lets tasks share a GPU, which a node's TensorFlow takes whole.
+_WHOLE = ("cpus", "gpu")
 
 
 def resource_profile(spark: Any, resources: Any) -> Any:
@@ -36,12 +40,11 @@ def resource_profile(spark: Any, resources: Any) -> Any:
 
     requests = TaskResourceRequests()
     for name, amount in resources.items():
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < math.inf:
             raise ParamError(f"resources[{name!r}]: expected a number above 0, received {amount!r}.")
-        if name == "cpus" and amount != int(amount):
+        if name in _WHOLE and amount != int(amount):
             raise ParamError(
-                f"resources['cpus']: expected a whole number of cores, as Spark gives out no parts of one, received "
-                f"{amount!r}."
+                f"resources[{name!r}]: expected a whole number, as no node takes a part of one, received {amount!r}."
             )
         requests = requests.cpus(int(amount)) if name == "cpus" else requests.resource(name, amount)
     return ResourceProfileBuilder().require(requests).build

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparktf.cluster.connect import result_limit
+from sparktf.cluster.pickling import pickled
 from sparktf.cluster.preflight import check_cluster, installed_versions, is_connect
 from sparktf.cluster.submit import executor_cores
 from sparktf.errors import ParamError
@@ -19,7 +20,7 @@ from sparktf.program.job import ProgramJob
 from sparktf.program.resources import resource_profile
 from sparktf.program.roles import Roles
 from sparktf.program.sources import sources_of
-from sparktf.transport.registry import protocols
+from sparktf.transport.registry import check_timeout, protocols
 
 Main = Callable[[Any, Any], Any]
 
@@ -85,8 +86,8 @@ def run(
     log_dir : str, optional
         ``ctx.log_dir``, and what TensorBoard shows.
     timeout : float
-        Seconds without progress: no node uses its processor, prints or asks for anything. No limit on the length of a
-        run.
+        Seconds without progress, a week at most: no node uses its processor, prints or asks for anything. No limit on
+        the length of a run.
     cluster : bool
         False: every node is on its own, for inference or trials in parallel; no TF_CONFIG, no communicator.
     wait : bool
@@ -114,7 +115,7 @@ def run(
     profile = resource_profile(session, resources)
     check_cluster(session, roles.world_size, wanted=_describe(roles), profile=profile)
     frames = feeds.named(dataset)
-    program = _pickled(main, args)
+    program = pickled((main, args), {"main": main, "args": args})
     job = ProgramJob(
         job_id=uuid.uuid4().hex[:12],
         world_size=roles.world_size,
@@ -149,8 +150,9 @@ def _check(main: Any, protocol: str, compression: str, timeout: float, cluster: 
         raise ParamError(f"protocol: expected one of {', '.join(known)}, received {protocol!r}.")
     if compression not in ("none", "bf16"):
         raise ParamError(f"compression: expected 'none' or 'bf16', received {compression!r}.")
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ParamError(f"timeout: expected a number of seconds above 0, received {timeout!r}.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise ParamError(f"timeout: expected a number of seconds, received {timeout!r}.")
+    check_timeout(timeout)
     if not cluster and (roles.num_ps or roles.evaluator):
         raise ParamError("cluster=False: expected workers alone, received num_ps or evaluator beside them.")
 
@@ -172,17 +174,3 @@ def _describe(roles: Roles) -> str:
     parts += [f"num_ps={roles.num_ps}"] if roles.num_ps else []
     parts += ["evaluator=True"] if roles.evaluator else []
     return f"{roles.world_size} nodes ({', '.join(parts)})"
-
-
-def _pickled(main: Main, args: Any) -> bytes:
-    from pyspark import cloudpickle
-
-    for name, what in (("main", main), ("args", args)):
-        try:
-            cloudpickle.dumps(what)  # type: ignore[no-untyped-call]
-        except Exception as error:  # any object's own way of being pickled may fail in any way
-            raise ParamError(
-                f"{name}: expected what can be pickled, received {type(error).__name__}: {error}. Make models, "
-                "sessions, locks and open files inside main."
-            ) from error
-    return bytes(cloudpickle.dumps((main, args)))  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from sparktf.transport.solo import SoloCommunicator
 _LOG = logging.getLogger("sparktf.transport")
 
 # A week, which the system calls behind can still express.
-_LONGEST_TIMEOUT = 7 * 24 * 3600.0
+_LONGEST_TIMEOUT = 7 * 24 * 3600
 
 _PROTOCOLS = {
     "auto": "sparktf.transport.auto:connect",
@@ -50,6 +50,14 @@ class Connector(Protocol):
 def protocols() -> tuple[str, ...]:
     """Return the names that `connect` takes."""
     return tuple(_PROTOCOLS)
+
+
+def check_timeout(seconds: float, name: str = "timeout") -> None:
+    """Raise `ParamError` where a time in seconds is not one that nodes can wait for."""
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise ParamError(
+            f"{name}: expected seconds, greater than 0 and at most {_LONGEST_TIMEOUT}. Received: {seconds!r}"
+        )
 
 
 def connect(
@@ -109,8 +117,7 @@ def connect(
         raise ParamError(f"Expected integers with 0 <= rank < size. Received: rank={rank!r}, size={size!r}.")
     if not isinstance(secret, bytes) or not secret:
         raise ParamError(f"Expected secret to be bytes, not empty. Received: {type(secret).__name__}.")
-    if not 0 < timeout <= _LONGEST_TIMEOUT:
-        raise ParamError(f"Expected timeout in seconds, above 0 and at most {_LONGEST_TIMEOUT}. Received: {timeout!r}.")
+    check_timeout(timeout)
     if host in ("", "0.0.0.0", "::"):
         raise ParamError(
             f"Expected host to be an address that the other nodes can reach. Received: {host!r}. "

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from sparktf.cluster.control import CHUNK_BYTES, ControlAddress, ControlClient
+from sparktf.cluster.control import CHUNK_BYTES, PROGRESS, ControlAddress, ControlClient
 from sparktf.cluster.control_server import ControlServer
+from sparktf.cluster.submit import node_error
 
 SECRET = b"s" * 32
 
@@ -89,6 +90,28 @@ def test_a_node_that_ends_without_a_word_is_named(driver: Driver) -> None:
     failure = driver.server.failure(5.0)
     assert failure is not None
     assert (failure.rank, failure.kind) == (1, "")
+
+
+def test_a_node_that_says_more_than_a_frame_holds_is_not_taken_for_killed(driver: Driver) -> None:
+    node = driver.node(1)
+    node._send(PROGRESS, b" " * (CHUNK_BYTES + 1))
+    failure = driver.server.failure(5.0)
+    assert failure is not None
+    assert failure.rank == 1
+    message = str(node_error(failure))
+    assert f"Expected a frame of at most {CHUNK_BYTES} bytes. Received: one that announces" in message
+    assert "killed" not in message
+    node.close()
+
+
+def test_a_report_that_no_frame_holds_ends_nothing(driver: Driver) -> None:
+    node = driver.node(1)
+    node.progress({"logs": {f"metric_{number}": 0.5 for number in range(CHUNK_BYTES // 10)}})
+    node.progress({"epoch": 1})
+    node.close()
+    assert _until(lambda: len(driver.progress) == 2)
+    assert driver.progress == [(1, {}), (1, {"epoch": 1})]
+    assert driver.server.failure() is None
 
 
 def test_a_node_that_says_nothing_for_the_timeout_is_named(tmp_path: Path) -> None:

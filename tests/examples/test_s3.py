@@ -125,3 +125,44 @@ def test_the_chief_writes_a_model_to_s3_whole(spark: Any, query: str, tmp_path: 
     fs.copy_files(path, str(tmp_path / "doubling.keras"), source_filesystem=system)
     model = keras.models.load_model(tmp_path / "doubling.keras")
     np.testing.assert_array_equal(model.predict(np.ones((3, 1)), verbose=0), np.full((3, 1), 2.0))
+
+
+def export_scales(path: str, ctx: Any) -> None:
+    """Export a SavedModel, and another one over it, of other files; runs in a node."""
+    import keras
+    import tensorflow as tf
+
+    scale = tf.Module()
+    # Any file will do.
+    scale.source = tf.saved_model.Asset(argparse.__file__)
+    scale.__call__ = tf.function(lambda x: x * 2.0, input_signature=[tf.TensorSpec([None], tf.float32)])
+    ctx.export(scale, path)
+    model = keras.Sequential([keras.layers.Input((1,)), keras.layers.Rescaling(3.0)])
+    ctx.export(model, path, overwrite=True)
+
+
+def test_a_saved_model_is_written_to_s3_and_takes_the_place_of_another(spark: Any, query: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    from sparktf import run
+
+    place = uri("saved/scale", query)
+    run(export_scales, place, spark=spark)
+    system, path = fs.FileSystem.from_uri(place)
+    listed = system.get_file_info(fs.FileSelector(f"{BUCKET}/saved", recursive=True))
+    # The first one's files, and all beside it, are gone; a directory here is what a server makes of names of files.
+    assert {file.path for file in listed if file.type == fs.FileType.File} == {
+        f"{path}/{name}"
+        for name in (
+            "fingerprint.pb",
+            "saved_model.pb",
+            "variables/variables.data-00000-of-00001",
+            "variables/variables.index",
+        )
+    }
+    (tmp_path / "scale").mkdir()
+    fs.copy_files(path, str(tmp_path / "scale"), source_filesystem=system)
+    import tensorflow as tf
+
+    serve = tf.saved_model.load(tmp_path / "scale").serve
+    np.testing.assert_array_equal(serve(np.ones((2, 1), np.float32)), np.full((2, 1), 3.0))

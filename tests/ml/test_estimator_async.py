@@ -181,5 +181,5 @@ def test_what_cannot_be_trained_asynchronously_is_refused_before_a_job(frame: Da
     single = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid", use_bias=False)])
     single.compile(keras.optimizers.Adam(clipnorm=1.0), "binary_crossentropy")
     refused("Take fewer servers", numPs=2, model=single)
-    with pytest.raises(SlotsError, match=r"Expected 5 task slots.*received 4"):
+    with pytest.raises(SlotsError, match=r"5 nodes \(numWorkers=2, numPs=3\); received 4 .* Use fewer nodes"):
         estimator(model=classifier(), numPs=3).fit(frame)

@@ -210,6 +210,16 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         {"featuresCol": "dense", "labelCol": "y", "weightCol": "z"},
         ["weightCol", "'z'"],
     ),
+    "text as a weight": (
+        regression,
+        {"featuresCol": "dense", "labelCol": "y", "weightCol": "text"},
+        ["weightCol", "'text'", "string"],
+    ),
+    "an array as a weight": (
+        regression,
+        {"featuresCol": "dense", "labelCol": "y", "weightCol": "dense"},
+        ["weightCol", "'dense'", "vector"],
+    ),
     "too few packed columns": (regression, {"inputCols": ["b", "s"], "labelCol": "y"}, ["3", "2", "b", "s"]),
     "text for an input of numbers": (regression, {"featuresCol": "text", "labelCol": "y"}, ["text", "float32"]),
     "text as a label": (regression, {"featuresCol": "dense", "labelCol": "text"}, ["text", "StringIndexer"]),

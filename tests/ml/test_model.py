@@ -123,6 +123,7 @@ def test_columns_with_dots_and_columns_in_structs_are_found(frame: Any) -> None:
         ({"inputCols": ["a", "b"]}, DataError, "expected 3 values"),
         ({"featuresCol": "a"}, DataError, "expected 3 values"),
         ({"predictionCol": "id"}, ParamError, "'id' is in the DataFrame already"),
+        ({"predictionCol": "ID"}, ParamError, "'id' is in the DataFrame already"),
         ({"outputMapping": {"no": "x"}}, ParamError, "outputs of the model"),
         ({"inputMapping": {"no": "a"}}, ParamError, "exactly the model's inputs"),
     ],
@@ -132,6 +133,17 @@ def test_what_cannot_work_is_said_before_the_job(
 ) -> None:
     with pytest.raises(error, match=message):
         TFModel.fromKeras(dense(1), **params).transform(frame)
+
+
+def test_where_spark_tells_names_by_their_case_outputs_may_differ_by_it(spark: Any, frame: Any) -> None:
+    model = TFModel.fromKeras(dense(1), predictionCol="ID")
+    spark.conf.set("spark.sql.caseSensitive", "true")
+    try:
+        assert model.transform(frame).columns == [*frame.columns, "ID"]
+        with pytest.raises(ParamError, match="'id' is in the DataFrame already"):
+            TFModel.fromKeras(dense(1), predictionCol="id").transform(frame)
+    finally:
+        spark.conf.unset("spark.sql.caseSensitive")
 
 
 def test_a_row_of_a_wrong_length_fails_the_job_by_name(frame: Any) -> None:

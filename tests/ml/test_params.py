@@ -51,6 +51,7 @@ def test_whole_numbers_of_every_kind_are_taken_as_int(params: _TFEstimatorParams
         ("maxStaleness", -1),
         ("timeout", 0.0),
         ("timeout", float("nan")),
+        ("timeout", 604_801.0),
         ("mode", "both"),
         ("protocol", "http"),
         ("compression", "zip"),

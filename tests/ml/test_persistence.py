@@ -166,6 +166,29 @@ def test_an_estimator_with_python_code_says_why_it_cannot_be_saved(
     assert not (tmp_path / "e").exists()
 
 
+class Unsaveable(layers.Layer):
+    def call(self, x: Any) -> Any:
+        return x
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError("no config")
+
+
+def test_what_cannot_be_saved_overwrites_nothing(spark: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "e")
+    kept = Trainer()._set(model=network())
+    kept.save(path)
+    x = keras.Input((2,))
+    unsaveable = keras.Model(x, Unsaveable()(x))
+    unsaveable.compile("sgd", "mse")
+    for params in ({"callbacks": [keras.callbacks.EarlyStopping()]}, {"modelFn": network}, {"model": unsaveable}):
+        with pytest.raises(PersistenceError, match="cannot be saved"):
+            Trainer()._set(**params).write().overwrite().save(path)
+        loaded = Trainer.load(path)
+        assert loaded.uid == kept.uid
+        assert loaded.getModel().count_params() == 3
+
+
 def test_code_in_a_file_is_refused_until_it_is_trusted(frame: Any, tmp_path: Path) -> None:
     x = keras.Input((2,))
     model = TFModel.fromKeras(keras.Model(x, layers.Lambda(lambda v: v[:, :1] * 2.0)(x)), inputCols=["a", "b"])

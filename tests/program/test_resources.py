@@ -22,10 +22,11 @@ def test_local_mode_knows_no_profiles(master: str) -> None:
         resource_profile(_session(master), {"cpus": 1})
 
 
-@pytest.mark.parametrize("amount", [0.5, 1.5, 0, -1, True, "2"])
-def test_a_node_takes_whole_cores(amount: Any) -> None:
-    with pytest.raises(ParamError, match=r"resources\['cpus'\]: expected a"):
-        resource_profile(_session("spark://host:7077"), {"cpus": amount})
+@pytest.mark.parametrize("name", ["cpus", "gpu"])
+@pytest.mark.parametrize("amount", [0.5, 1.5, 0, -1, True, "2", float("inf"), float("nan")])
+def test_a_node_takes_whole_cores_and_gpus(name: str, amount: Any) -> None:
+    with pytest.raises(ParamError, match=rf"resources\['{name}'\]: expected a"):
+        resource_profile(_session("spark://host:7077"), {name: amount})
 
 
 def test_a_profile_of_sparks_goes_through_as_it_is() -> None:

@@ -158,7 +158,7 @@ def test_what_nodes_print_appears_at_once_and_marked(spark: Any, capsys: pytest.
     rest = capsys.readouterr()
     out, err = out + rest.out, err + rest.err
     for name in ("rank 0 (chief)", "rank 1 (worker 0)"):
-        for line in ("to stdout", "step 7  loss 0.5  note on", "no end of line"):
+        for line in ("to stdout", "step 7  loss 0.5  note on  words ['caf\ufffd']", "no end of line"):
             assert f"[{name}] {line}\n" in out
         for line in ("to stderr", "INFO mine: to the log"):
             assert f"[{name}] {line}\n" in err
@@ -243,6 +243,8 @@ def test_a_handle_stops_all_nodes(spark: Any, no_leftovers: Callable[[], dict[st
         ({"protocol": "carrier pigeon"}, "protocol: expected one of"),
         ({"compression": "zip"}, "compression: expected"),
         ({"timeout": 0}, "timeout: expected"),
+        ({"timeout": float("inf")}, "timeout: expected seconds, greater than 0 and at most 604800"),
+        ({"timeout": 1e7}, "timeout: expected seconds, greater than 0 and at most 604800"),
         ({"num_workers": 0}, "num_workers: expected"),
         ({"cluster": False, "num_ps": 1}, "cluster=False"),
         ({"dataset": [1, 2]}, "dataset: expected a DataFrame"),
