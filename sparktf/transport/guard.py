@@ -88,8 +88,8 @@ class GuardedCommunicator(Communicator):
         with self._lock:
             if not self._released and self._failure is None:
                 self._drain()
-                self._watch.tell_bye()
-                self._failure = _Failure(TransportError, "the communicator is closed. Connect again.")
+                if self._leave():
+                    self._watch.tell_bye()
             self._release()
 
     def abort(self, reason: str = "") -> None:
@@ -99,6 +99,16 @@ class GuardedCommunicator(Communicator):
         # The operation that another thread may be in has been woken and lets go of the lock.
         with self._lock:
             self._release()
+
+    def _leave(self) -> bool:
+        """Take no loss of a peer for a failure any more; return whether there was none before.
+
+        A peer that hears a goodbye may leave without one of its own, before this rank has done its next step.
+        """
+        with self._failure_lock:
+            fine = self._failure is None
+            self._failure = self._failure or _Failure(TransportError, "the communicator is closed. Connect again.")
+        return fine
 
     def _release(self) -> None:
         if self._released:
