@@ -1,7 +1,7 @@
 # make setup   build .venv from requirements/lock.txt (done by the other targets as well)
 # make demo    the main job on real data: train on two workers, save, load, score
-# make test    all tests; make lint: ruff, mypy and the layering test
-# make test-long      the tests that take minutes; make test leaves them out
+# make test    all tests but the next three; make lint: ruff, mypy and the layering test
+# make test-long      the tests that take minutes, the notebooks and the S3 and HDFS servers among them
 # make test-rdma      the tests that need an RDMA device, on a virtual machine where there is none; some 5 minutes
 # make test-rdma-fit  a whole fit over RDMA there, and parameter servers; some 15 minutes
 #                     make test-rdma PYVERBS=59.0: with that pyverbs of PyPI and its rdma-core, built once, not Debian's
