@@ -154,7 +154,7 @@ class ParameterClient:
         gradients : sequence of ndarray
             One a variable; free again when this returns.
         learning_rate : float
-            The chief's counts; NaN where the optimizer has a schedule.
+            That of the lowest worker that is still there counts; NaN where the optimizer has a schedule.
         rows : float
             What the gradients count for where a server takes the mean of several workers' (``max_staleness=0``); with
             0 they count for nothing.

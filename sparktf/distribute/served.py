@@ -94,7 +94,7 @@ class ServedVariables:
             self._first_version = self.version
 
     def set_learning_rate(self, rate: float) -> None:
-        """Follow a rate that a callback has set on the chief; optimizers with a schedule have their own."""
+        """Follow a rate that a callback has set on a worker; optimizers with a schedule have their own."""
         import keras
 
         with self._lock:

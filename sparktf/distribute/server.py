@@ -15,6 +15,7 @@ from sparktf.distribute import pair
 from sparktf.distribute.gate import Gate
 from sparktf.distribute.meeting import Meetings, pack_brought
 from sparktf.distribute.pair import Hello, Messages
+from sparktf.distribute.rates import Rates
 from sparktf.distribute.served import ServedVariables, check_optimizer
 from sparktf.distribute.shards import Array
 from sparktf.errors import HandshakeError, PeerLostError, TransportTimeoutError
@@ -84,6 +85,7 @@ class ParameterServer:
         self._hello: Hello | None = None
         self._served: ServedVariables | None = None
         self._gate: Gate | None = None
+        self._rates = Rates(workers, lambda rate: self._variables.set_learning_rate(rate))
         self._meetings = Meetings(workers, timeout, self._idle_seconds)
         self._ready = threading.Event()
         self._state = threading.Lock()
@@ -196,9 +198,8 @@ class ParameterServer:
     def _take_push(self, worker: int, communicator: Communicator, request: Array) -> None:
         messages = self._messages[worker]
         communicator.recv(pair.WORKER, messages.gradients)
-        rate, rows = float(request[pair.RATE]), float(request[pair.ROWS])
-        if worker == 0 and rate == rate:
-            self._variables.set_learning_rate(rate)
+        rows = float(request[pair.ROWS])
+        self._rates.tell(worker, float(request[pair.RATE]))
         if request[pair.STOP]:
             # Only ever set: what another worker's thread has set meanwhile must not be lost.
             self._stopping = True
@@ -271,6 +272,8 @@ class ParameterServer:
         pair.send_bytes(communicator, pair.WORKER, data)
 
     def _leave(self, worker: int) -> None:
+        # First, as its leaving may complete a round of pushes.
+        self._rates.leave(worker)
         self._meetings.leave(worker)
         with self._state:
             ready = self._ready.is_set()

@@ -50,9 +50,8 @@ class SyncedShard:
         self._ranks = set(range(ranks))
         self._timeout = timeout
         self._news = threading.Condition()
-        self._pushed: dict[int, tuple[Array, Array]] = {}
+        self._pushed: dict[int, tuple[Array, Array, float]] = {}
         self._failure: SparktfError | None = None
-        self._rate = 0.0
         self.version = 0
 
     def wait(self, clock: int) -> None:
@@ -87,18 +86,19 @@ class SyncedShard:
     def push(self, rank: int, ids: Array, gradients: Array, rate: float) -> None:
         """Take a rank's gradients for the next update; the rank has waited for the one before.
 
-        Both arrays are read until `wait` says that the update is made. Of the learning rates the chief's counts.
+        Both arrays are read until `wait` says that the update is made. Of the learning rates that of the lowest rank
+        counts which has pushed.
         """
         with self._news:
-            self._pushed[rank] = ids, gradients
-            if rank == 0:
-                self._rate = rate
+            self._pushed[rank] = ids, gradients, rate
             self._update_when_all_have_pushed()
 
     def _update_when_all_have_pushed(self) -> None:
         if not self._pushed or not self._ranks <= set(self._pushed) or self._failure is not None:
             return
-        self.shard.update(*summed([self._pushed[r] for r in sorted(self._pushed)], self.shard.spec.dim), self._rate)
+        pushed = [self._pushed[rank] for rank in sorted(self._pushed)]
+        ids, gradients = summed([(ids, gradients) for ids, gradients, _ in pushed], self.shard.spec.dim)
+        self.shard.update(ids, gradients, pushed[0][2])
         self._pushed.clear()
         self.version += 1
         self._news.notify_all()

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from sparktf.distribute.asynchronous import push_and_pull
 from sparktf.distribute.client import ParameterClient
+from sparktf.distribute.rates import Rates
 from sparktf.errors import HandshakeError, ParamError, PeerLostError, TransportTimeoutError
 from sparktf.transport.testing import processes
 
@@ -163,6 +164,43 @@ def test_a_rate_set_by_the_chiefs_callback_reaches_the_server() -> None:
 
     served = servers.train(main, lambda: keras.optimizers.SGD(0.05), workers=1).raise_first()
     assert served.workers[0] == [0.0, 0.0]
+
+
+def test_the_rate_of_the_next_worker_counts_once_the_chief_has_left() -> None:
+    x, y = _data()
+    # Rows that no weights fit, so that every update changes them.
+    y += np.random.default_rng(1).normal(size=y.shape)
+
+    def main(worker: int, optimizer: Any) -> bool:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=32, epochs=1, verbose=0)
+        model.optimizer.learning_rate = 0.0
+        for _ in range(200 * worker):
+            before = model.get_weights()
+            model.fit(x[:32], y[:32], batch_size=32, epochs=1, verbose=0)
+            if all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)):
+                return True
+        return False
+
+    served = servers.train(main, lambda: keras.optimizers.SGD(0.05)).raise_first()
+    assert served.workers == [False, True]
+
+
+def test_the_rate_is_that_of_the_lowest_worker_that_is_there_and_is_set_when_it_changes() -> None:
+    followed: list[float] = []
+    rates = Rates(3, followed.append)
+    rates.tell(1, 0.5)
+    assert followed == []
+    for worker, rate in [(0, 0.1), (0, 0.1), (1, 0.2), (0, float("nan")), (0, 0.3)]:
+        rates.tell(worker, rate)
+    assert followed == [0.1, 0.3]
+    rates.leave(0)
+    assert followed == [0.1, 0.3, 0.2]
+    # The next has told nothing yet.
+    rates.leave(1)
+    rates.leave(2)
+    assert followed == [0.1, 0.3, 0.2]
 
 
 def test_the_staleness_allowed_is_never_exceeded_by_a_faster_worker() -> None:

@@ -18,12 +18,13 @@ from sparktf.distribute import ShardedEmbedding
 from sparktf.distribute.mean import gradient_mean
 from sparktf.distribute.reducer import GradientReducer
 from sparktf.distribute.sparse_optimizers import sparse_optimizer
-from sparktf.distribute.table import TableState
+from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import LocalTable
 from sparktf.distribute.table_exchange import TableGroup
 from sparktf.distribute.table_fit import tables_of
 from sparktf.distribute.table_meeting import connect_everyone
 from sparktf.distribute.table_rows import RowInitializer, TableSpec
+from sparktf.distribute.table_service import SyncedShard
 from sparktf.errors import DataError, HandshakeError, ParamError, PeerLostError, SparktfError, TransportTimeoutError
 from sparktf.transport import Communicator
 from sparktf.transport.testing import results_of_threads, run_threads
@@ -324,6 +325,20 @@ def test_the_chief_sets_rows_everywhere() -> None:
     expected[[3, 4, 50]] = 7.0
     for rows in results_of_threads("tcp", 3, main):
         np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize(("chief_pushes", "rate"), [(False, 0.5), (True, 0.25)])
+def test_the_rate_of_an_update_is_that_of_the_lowest_rank_that_has_pushed(chief_pushes: bool, rate: float) -> None:
+    spec, ids, ones = _new_table().spec, np.arange(4), np.ones((4, 8), np.float32)
+    shared = SyncedShard(TableShard(spec), 3, 1.0)
+    shared.shard.use(sparse_optimizer("SGD", SGD))
+    if chief_pushes:
+        shared.push(0, ids, 0 * ones, 0.25)
+    shared.push(1, ids, ones, 0.5)
+    shared.push(2, ids, 0 * ones, 0.75)
+    shared.leave(0)
+    found = shared.lookup(ids, 1, np.empty((4, 8), np.float32))
+    np.testing.assert_allclose(found, spec.new_rows(ids) - rate, rtol=1e-6)
 
 
 def test_a_rank_that_does_not_push_is_named() -> None:
