@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from groups import Task, assert_ranks_agree, by_one_process, weights
 from paces import by_workers
+from servers import connected
 
 from sparktf.distribute import ShardedEmbedding
 from sparktf.distribute.table import TableShard
+from sparktf.distribute.table_servers import leave_tables
+from sparktf.distribute.table_wire import ASKS, LEAVE, request
 from sparktf.errors import PeerLostError
 
 _RANDOM = np.random.default_rng(7)
@@ -107,3 +110,15 @@ def test_a_server_that_fails_by_itself_ends_the_fit_of_all_workers_with_its_word
         assert isinstance(outcome, PeerLostError), outcome
         assert "parameter server 0" in str(outcome)
         assert "ValueError: no such slot" in str(outcome)
+
+
+def test_a_server_that_cannot_be_told_of_the_end_keeps_no_other_from_being_told() -> None:
+    (links,), ends = connected("tcp", 1, 3, 10.0)
+    links[1].abort("it breaks")
+    with pytest.raises(PeerLostError, match="parameter server 1: it breaks"):
+        leave_tables(links)
+    assert all(link._released for link in links)
+    for server in (0, 2):
+        assert ends[server][0].recv(ASKS, request(-1))[0] == LEAVE
+    for (end,) in ends:
+        end.close()
