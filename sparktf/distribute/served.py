@@ -122,7 +122,8 @@ class ServedVariables:
             return given[0]
         if not self._sums:
             self._sums = self._layout.allocate()
-            self._parts = self._layout.allocate() if len(self.rows) > 1 else []
+        if not self._parts and len(given) > 1:
+            self._parts = self._layout.allocate()
         rows = [self.rows[worker] for worker in self._due]
         for place, total in enumerate(self._sums):
             shares = [total.dtype.type(count / sum(rows)) for count in rows]

@@ -109,6 +109,25 @@ def test_steps_executed_together_keep_their_order(compression: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+def test_rounds_of_one_worker_may_come_before_those_of_two() -> None:
+    x, y = _data()
+
+    def main(worker: int, optimizer: Any) -> keras.Model:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        if worker == 0:
+            model.fit(x, y, batch_size=32, epochs=1, verbose=0)
+        else:
+            optimizer.build(model.trainable_variables)
+            optimizer.finalize_variable_values(model.trainable_variables)
+        model.fit(x[worker::2], y[worker::2], batch_size=32, epochs=1, verbose=0)
+        return model
+
+    served = servers.train(main, lambda: keras.optimizers.SGD(0.05), max_staleness=0, compression="bf16").raise_first()
+    assert served.servers[0].pushes == (8 + 4, 4)
+    assert served.servers[0].updates == 8 + 4
+
+
 @pytest.mark.parametrize(
     "make",
     [
