@@ -174,9 +174,9 @@ class ParameterClient:
         return self.weights
 
     def finish(self) -> list[list[Array]]:
-        """Wait until all workers have come to the end of their training for now; return the newest `weights`.
+        """Wait until all workers have come to the end of their training for now; return the `weights` of the end.
 
-        They are the same on all workers where each, before it pushes again, goes through a `meet`.
+        They are the same on all workers.
         """
         self._wait()
         self._begin(self._finish)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import tensorflow as tf
 
 from sparktf.distribute.asynchronous import push_and_pull
 from sparktf.distribute.client import ParameterClient
+from sparktf.distribute.gate import Gate
 from sparktf.distribute.rates import Rates
 from sparktf.errors import HandshakeError, ParamError, PeerLostError, TransportTimeoutError
 from sparktf.transport.testing import processes
@@ -69,6 +71,36 @@ def test_all_workers_end_with_the_same_weights() -> None:
     for model in served.workers[1:]:
         for ours, theirs in zip(model.get_weights(), served.workers[0].get_weights(), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_all_workers_get_the_weights_of_the_end_though_one_begins_anew_before_another_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = _data()
+    went_on = threading.Event()
+    finished = Gate.finished
+
+    def late(gate: Gate, end: int, seconds: float) -> bool:
+        reached = finished(gate, end, seconds)
+        if reached and threading.current_thread().name == "sparktf-serve-1":
+            assert went_on.wait(30)
+        return reached
+
+    monkeypatch.setattr(Gate, "finished", late)
+    # The first push of a fit has been answered when its second begins.
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: went_on.set() if batch == 2 else None)
+
+    def main(worker: int, optimizer: Any) -> list[np.ndarray]:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=64, epochs=1, verbose=0)
+        ended = model.get_weights()
+        model.fit(x, y, batch_size=64, epochs=1, verbose=0, callbacks=[note])
+        return ended
+
+    first, second = servers.train(main, lambda: keras.optimizers.SGD(0.05)).raise_first().workers
+    for ours, theirs in zip(first, second, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 _OPTIMIZERS: dict[str, Callable[[], Any]] = {
