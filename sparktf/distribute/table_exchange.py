@@ -205,8 +205,7 @@ class SyncedTable(TableAccess):
     def pieces(self) -> Iterator[TableState]:
         """Yield the whole table's state, one rank's after another's."""
         with self._group._lock:
-            self._own.wait(self.clock)
-            yield from self._own.shard.pieces()
+            yield from self._own.pieces(self.clock)
             for owner in self._group.others:
                 link = self._group.ask(owner, wire.STATE, self._number, self.clock)
                 yield from wire.receive_pieces(link, self.spec.dim)

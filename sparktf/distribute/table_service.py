@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -114,6 +114,18 @@ class SyncedShard:
             self._ranks.discard(rank)
             self._update_when_all_have_pushed()
 
+    def pieces(self, clock: int) -> Iterator[TableState]:
+        """Yield the state after so many updates, or more, as `TableShard.pieces` does; others may push meanwhile."""
+        self.wait(clock)
+        pieces = self.shard.pieces()
+        while True:
+            # A copy of one moment; who takes it may be slow.
+            with self._news:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
     def load(self, pieces: Iterable[TableState], clock: int) -> None:
         """Set the shard's rows."""
         self.wait(clock)
@@ -208,8 +220,7 @@ class _Visit:
             gradients = self._link.recv(self._buffers.take(count, shard.shard.spec.dim))
             shard.push(self._rank, ids, gradients, rate)
         elif kind == STATE:
-            shard.wait(clock)
-            send_pieces(self._link, shard.shard.pieces())
+            send_pieces(self._link, shard.pieces(clock))
         else:
             shard.load(receive_pieces(self._link, shard.shard.spec.dim), clock)
             # Others may look these rows up as soon as the one that asked says so.
