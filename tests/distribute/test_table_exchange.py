@@ -391,12 +391,14 @@ def test_a_rank_that_does_not_answer_in_time_is_named(ranks: int, late: int) -> 
 
     def main(communicator: Communicator) -> Any:
         with TableGroup(communicator, [_new_table()]) as group:
-            communicator.barrier()
             if communicator.rank == late:
                 # Nobody is told of its rows.
                 with group.shards[0]._news:
+                    communicator.barrier()
                     asked.wait(30)
-            elif communicator.rank == 1 - late % 2:
+                return
+            communicator.barrier()
+            if communicator.rank == 1 - late % 2:
                 try:
                     group.tables[0].lookup(np.arange(9))
                 finally:
