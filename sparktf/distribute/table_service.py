@@ -172,6 +172,9 @@ class TableService:
         """End at once; tell all who ask why."""
         for link in self._links.values():
             link.abort(reason)
+        # A thread may wait for pushes, which no longer come.
+        for shard in self._shards:
+            shard.fail(SparktfError(f"sharded tables are no longer served: {reason}"))
         self.join()
 
     def _attend(self, rank: int, link: Link) -> None:
