@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from sparktf.distribute.sparse_optimizers import sparse_optimizer_of
 from sparktf.distribute.table import TableShard
 from sparktf.distribute.table_rows import RowInitializer, TableSpec
 from sparktf.distribute.table_servers import FreeShard, leave_tables
-from sparktf.distribute.table_service import TableService
+from sparktf.distribute.table_service import SyncedShard, TableService
 from sparktf.distribute.table_wire import ASKS, LEAVE, SERVES, STATE, Link, receive_pieces, request
 from sparktf.errors import PeerLostError
 
@@ -191,3 +192,17 @@ def test_workers_push_while_another_reads_the_state_however_slowly() -> None:
     (accumulated,) = np.unique(pieces[-1].slots["accumulator"][-1])
     rate = 1 / np.sqrt(2) + (1 / np.sqrt(3) if accumulated == 3 else 0)
     np.testing.assert_allclose(pieces[-1].rows[-1], -rate, rtol=1e-6)
+
+
+def test_a_service_that_ends_does_not_wait_for_pushes_that_no_longer_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SyncedShard(_free().shard, 2, 30.0)
+    waits, waited = threading.Event(), shared.wait
+    monkeypatch.setattr(shared, "wait", lambda clock: (waits.set(), waited(clock)))
+    (links,), ((end,),) = connected("tcp", 1, 1, 30.0)
+    service = TableService([shared], {0: end})
+    Link(links[0], SERVES, partial(naming_server, 0)).send(request(STATE, clock=1))
+    assert waits.wait(10)
+    began = time.monotonic()
+    service.abort("it breaks")
+    assert time.monotonic() - began < 10
+    links[0].close()
