@@ -32,7 +32,7 @@ from sparktf.distribute.client import ParameterClient
 from sparktf.distribute.pair import Part
 from sparktf.distribute.server import ServerReport, serve
 from sparktf.transport import Communicator, connect
-from sparktf.transport.testing import FileExchange, MemoryExchange, run_threads
+from sparktf.transport.testing import FileExchange, MemoryExchange, results_of_threads
 
 MIB = 1 << 20
 WORKERS, BATCH = 4, 32
@@ -165,7 +165,7 @@ def in_step(step: float, seconds: float, nbytes: int) -> list[float]:
             communicator.all_reduce(gradient, "mean")
         return steps / (time.perf_counter() - began)
 
-    return run_threads("tcp", WORKERS, main)
+    return results_of_threads("tcp", WORKERS, main)
 
 
 def at_ones_own_pace(workers: int, step: float, seconds: float, nbytes: int, max_staleness: int | None) -> list[float]:
@@ -240,7 +240,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["slow worker", "pushes"], choices=["slow worker", "pushes"])
     parser.add_argument("--protocols", nargs="*", default=["tcp", "shm"])
     parser.add_argument(
-        "--layouts", nargs="*", type=layout, default=[(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)], help="workers x servers"
+        "--layouts",
+        nargs="*",
+        type=layout,
+        default=[(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)],
+        help="workers x servers",
     )
     parser.add_argument("--mebibytes", type=int, default=64, help="of weights in the first part")
     parser.add_argument("--kibibytes", type=int, default=256, help="of weights in the second")

@@ -154,7 +154,7 @@ class ParameterClient:
         gradients : sequence of ndarray
             One a variable; free again when this returns.
         learning_rate : float
-            The chief's counts; NaN where the optimizer has a schedule.
+            That of the lowest worker that is still there counts; NaN where the optimizer has a schedule.
         rows : float
             What the gradients count for where a server takes the mean of several workers' (``max_staleness=0``); with
             0 they count for nothing.
@@ -174,9 +174,9 @@ class ParameterClient:
         return self.weights
 
     def finish(self) -> list[list[Array]]:
-        """Wait until all workers have come to the end of their training for now; return the newest `weights`.
+        """Wait until all workers have come to the end of their training for now; return the `weights` of the end.
 
-        They are the same on all workers where each, before it pushes again, goes through a `meet`.
+        They are the same on all workers.
         """
         self._wait()
         self._begin(self._finish)

@@ -14,7 +14,7 @@ from sparktf.errors import TransportTimeoutError
 
 
 class Gate:
-    """The clocks of all workers at one server. Any thread may call; `apply` is called by one at a time.
+    """The clocks of all workers at one server. Any thread may call; `apply` and `at_end` are called by one at a time.
 
     Parameters
     ----------
@@ -26,6 +26,8 @@ class Gate:
         Applies the pushes of some workers, in their order, as one update.
     timeout : float
         Seconds for which nobody need push while somebody waits.
+    at_end : callable
+        Called with the workers that have finished when all have, before any of them may push again.
 
     Attributes
     ----------
@@ -38,13 +40,19 @@ class Gate:
     """
 
     def __init__(
-        self, workers: int, max_staleness: int | None, apply: Callable[[Sequence[int]], None], timeout: float
+        self,
+        workers: int,
+        max_staleness: int | None,
+        apply: Callable[[Sequence[int]], None],
+        timeout: float,
+        at_end: Callable[[Sequence[int]], None] = lambda finished: None,
     ) -> None:
         self._together = max_staleness == 0
         # A worker computes on while its last push is under way: one update more than it has an answer to.
         self._bound = max_staleness - 1 if max_staleness else None
         self._apply = apply
         self._timeout = timeout
+        self._at_end = at_end
         self._news = threading.Condition()
         self._moved_at = time.monotonic()
         self._present = set(range(workers))
@@ -125,6 +133,7 @@ class Gate:
             clocks = [self.clocks[worker] for worker in training]
             self.lead = max(self.lead, max(clocks, default=0) - min(clocks, default=0))
         if not training:
+            self._at_end(sorted(self._finished))
             # All begin their next training side by side.
             self._finished.clear()
             self._ends += 1

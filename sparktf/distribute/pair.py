@@ -21,9 +21,9 @@ from sparktf.transport import Communicator
 # Ranks in the pair.
 WORKER, SERVER = 0, 1
 # Requests. HELLO: it follows; answered with weights. PUSH: gradients follow; answered with weights once the gate lets
-# the worker pass. FINISH: the worker has come to the end of its training for now; answered with weights once all have.
-# MEET: bytes follow; answered with all workers' bytes once all have come. STATE: answered with the optimizer's state.
-# LEAVE: it is gone; not answered.
+# the worker pass. FINISH: the worker has come to the end of its training for now; answered with the weights of then
+# once all have. MEET: bytes follow; answered with all workers' bytes once all have come. STATE: answered with the
+# optimizer's state. LEAVE: it is gone; not answered.
 HELLO, PUSH, FINISH, MEET, STATE, LEAVE = range(6)
 # Answers. WAIT: not yet, but the server is alive. WEIGHTS, BYTES: they follow.
 WAIT, WEIGHTS, BYTES = range(3)

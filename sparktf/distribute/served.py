@@ -94,7 +94,7 @@ class ServedVariables:
             self._first_version = self.version
 
     def set_learning_rate(self, rate: float) -> None:
-        """Follow a rate that a callback has set on the chief; optimizers with a schedule have their own."""
+        """Follow a rate that a callback has set on a worker; optimizers with a schedule have their own."""
         import keras
 
         with self._lock:
@@ -122,7 +122,8 @@ class ServedVariables:
             return given[0]
         if not self._sums:
             self._sums = self._layout.allocate()
-            self._parts = self._layout.allocate() if len(self.rows) > 1 else []
+        if not self._parts and len(given) > 1:
+            self._parts = self._layout.allocate()
         rows = [self.rows[worker] for worker in self._due]
         for place, total in enumerate(self._sums):
             shares = [total.dtype.type(count / sum(rows)) for count in rows]

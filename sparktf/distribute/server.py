@@ -15,6 +15,7 @@ from sparktf.distribute import pair
 from sparktf.distribute.gate import Gate
 from sparktf.distribute.meeting import Meetings, pack_brought
 from sparktf.distribute.pair import Hello, Messages
+from sparktf.distribute.rates import Rates
 from sparktf.distribute.served import ServedVariables, check_optimizer
 from sparktf.distribute.shards import Array
 from sparktf.errors import HandshakeError, PeerLostError, TransportTimeoutError
@@ -80,10 +81,12 @@ class ParameterServer:
         self._requests = [pair.request() for _ in range(workers)]
         self._answers = [pair.answer() for _ in range(workers)]
         self._rows = [0.0] * workers
+        self._end_versions = [0] * workers
         self._stopping = False
         self._hello: Hello | None = None
         self._served: ServedVariables | None = None
         self._gate: Gate | None = None
+        self._rates = Rates(workers, lambda rate: self._variables.set_learning_rate(rate))
         self._meetings = Meetings(workers, timeout, self._idle_seconds)
         self._ready = threading.Event()
         self._state = threading.Lock()
@@ -153,7 +156,8 @@ class ParameterServer:
         elif kind == pair.FINISH:
             end = self._training.finish(worker)
             self._await(worker, lambda seconds: self._training.finished(end, seconds))
-            self._send_weights(worker, communicator)
+            # Others may have begun anew.
+            self._send_copied(worker, communicator, self._end_versions[worker])
         elif kind == pair.MEET:
             self._hold_meeting(worker, communicator)
         else:
@@ -196,9 +200,8 @@ class ParameterServer:
     def _take_push(self, worker: int, communicator: Communicator, request: Array) -> None:
         messages = self._messages[worker]
         communicator.recv(pair.WORKER, messages.gradients)
-        rate, rows = float(request[pair.RATE]), float(request[pair.ROWS])
-        if worker == 0 and rate == rate:
-            self._variables.set_learning_rate(rate)
+        rows = float(request[pair.ROWS])
+        self._rates.tell(worker, float(request[pair.RATE]))
         if request[pair.STOP]:
             # Only ever set: what another worker's thread has set meanwhile must not be lost.
             self._stopping = True
@@ -248,7 +251,7 @@ class ParameterServer:
         if state:
             self._served.set_state(state)
         workers = len(self._communicators)
-        self._gate = Gate(workers, hello.max_staleness, self._served.apply, self._timeout)
+        self._gate = Gate(workers, hello.max_staleness, self._served.apply, self._timeout, self._copy_at_end)
         with self._state:
             for worker in self._left_early:
                 self._gate.leave(worker)
@@ -260,9 +263,17 @@ class ParameterServer:
         while not reached(_WAIT_SECONDS):
             communicator.send(pair.WORKER, pair.answer(pair.WAIT))
 
+    def _copy_at_end(self, finished: Sequence[int]) -> None:
+        """Keep the weights of the end for all that have finished, in their messages: all get the same."""
+        for worker in finished:
+            self._end_versions[worker] = self._variables.copy_to(worker)
+
     def _send_weights(self, worker: int, communicator: Communicator) -> None:
+        self._send_copied(worker, communicator, self._variables.copy_to(worker))
+
+    def _send_copied(self, worker: int, communicator: Communicator, version: int) -> None:
         answer, messages = self._answers[worker], self._messages[worker]
-        answer[:] = pair.WEIGHTS, self._variables.copy_to(worker), self._stopping
+        answer[:] = pair.WEIGHTS, version, self._stopping
         communicator.send(pair.WORKER, answer)
         communicator.send(pair.WORKER, messages.weights)
 
@@ -271,6 +282,8 @@ class ParameterServer:
         pair.send_bytes(communicator, pair.WORKER, data)
 
     def _leave(self, worker: int) -> None:
+        # First, as its leaving may complete a round of pushes.
+        self._rates.leave(worker)
         self._meetings.leave(worker)
         with self._state:
             ready = self._ready.is_set()

@@ -211,20 +211,24 @@ class TableShard:
     def pieces(self, slots: bool = True) -> Iterator[TableState]:
         """Yield the state in pieces by ascending id, at least one.
 
+        There may be updates and loads between two pieces: each piece holds its rows, and what belongs to them, as they
+        are when it is taken. Rows that were new when the first was taken are in none.
+
         Parameters
         ----------
         slots : bool
             With what the optimizer keeps.
         """
         stored = np.flatnonzero(self._held)
-        kept = self._slots if slots else {}
-        count = piece_rows(self.spec.dim, len(kept))
+        count = piece_rows(self.spec.dim, len(self._slots) if slots else 0)
         for start in range(0, max(1, len(stored)), count):
             places = stored[start : start + count]
+            # Those that a load has made new again have no values.
+            places = places[self._held[places]]
             yield TableState(
                 places * self.parts + self.part,
                 self._values[places],
-                {name: slot[places] for name, slot in kept.items()},
+                {name: slot[places] for name, slot in self._slots.items()} if slots else {},
                 self.updates,
                 self._state_of if slots else "",
             )

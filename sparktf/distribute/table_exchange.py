@@ -6,17 +6,19 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 
-from sparktf.distribute import table_service as service
+from sparktf.distribute import table_wire as wire
 from sparktf.distribute.sparse_optimizers import Array, SparseOptimizer
 from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import TableAccess
 from sparktf.distribute.table_meeting import connect_everyone
 from sparktf.distribute.table_service import SyncedShard, TableService
-from sparktf.errors import HandshakeError, PeerLostError
+from sparktf.distribute.table_wire import Link, naming_rank
+from sparktf.errors import HandshakeError
 from sparktf.transport import Communicator
 
 # Of the time allowed, what the others get to push: they are named before the one that waits for this node gives up.
@@ -52,7 +54,11 @@ class TableGroup:
         patience = _PATIENCE * communicator.timeout
         self.rank, self.size, self.scale = rank, size, scale
         self.shards = [SyncedShard(_part_of(table, rank, size), size, patience) for table in tables]
-        self._asking, serving = connect_everyone(communicator)
+        asking, serving = connect_everyone(communicator)
+        self._asking = {
+            owner: Link(link, wire.SERVES, partial(naming_rank, owner, "which has rows of sharded tables"))
+            for owner, link in asking.items()
+        }
         self._service = TableService(self.shards, serving)
         self._lock = threading.RLock()
         try:
@@ -71,37 +77,43 @@ class TableGroup:
             self.abort(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Leave in good order: returns when all ranks have left."""
-        for rank in self._asking:
-            self.ask(rank, service.LEAVE, 0)
-        self._service.join()
-        for communicator in self._asking.values():
-            communicator.close()
+        """Leave in good order: returns when all ranks have left.
+
+        Raises
+        ------
+        PeerLostError, TransportTimeoutError
+            A rank could not be told so, the first of them; all others were.
+        """
+        with wire.leaving(list(self._asking.values())) as failures:
+            if failures:
+                # One that could not be told may never leave, either.
+                self._service.abort(str(failures[0]))
+            self._service.join()
 
     def abort(self, reason: str) -> None:
         """Leave at once, and tell the others why."""
-        for communicator in self._asking.values():
-            communicator.abort(reason)
+        for link in self._asking.values():
+            link.abort(reason)
         self._service.abort(reason)
 
     @property
     def moved_bytes(self) -> int:
         """Payload bytes so far of this rank's requests and the answers to them; over all ranks, as much as all send."""
-        return sum(c.stats.bytes_sent + c.stats.bytes_received for c in self._asking.values())
+        return sum(link.stats.bytes_sent + link.stats.bytes_received for link in self._asking.values())
 
     @property
     def seconds(self) -> float:
         """Seconds so far in which this rank asked others, or waited for their answers."""
-        return sum(communicator.stats.seconds for communicator in self._asking.values())
+        return sum(link.stats.seconds for link in self._asking.values())
 
     @property
     def others(self) -> list[int]:
         """The other ranks, beginning with the next: not all ask the same one first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def ask(self, owner: int, kind: int, table: int, clock: int = 0, count: int = 0, rate: float = 0.0) -> Communicator:
-        """Send a request; return the communicator by which its rest goes, and the answer comes."""
-        self._asking[owner].send(service.SERVES, service.request(kind, table, clock, count, rate))
+    def ask(self, owner: int, kind: int, table: int, clock: int = 0, count: int = 0, rate: float = 0.0) -> Link:
+        """Send a request; return the link by which its rest goes, and the answer comes."""
+        self._asking[owner].send(wire.request(kind, table, clock, count, rate))
         return self._asking[owner]
 
 
@@ -126,7 +138,7 @@ class SyncedTable(TableAccess):
         super().__init__(before.spec, before.name)
         self._group, self._number = group, number
         self._own = group.shards[number]
-        self._places = service.place_dtype(self.spec.rows, group.size)
+        self._places = wire.place_dtype(self.spec.rows, group.size)
         self._started = self._own.shard.updates
         # What an eager step has handed over before its optimizer was built.
         self._pushed = [(ids, gradients * np.float32(group.scale)) for ids, gradients in before._pushed]
@@ -157,30 +169,30 @@ class SyncedTable(TableAccess):
         return self._group.seconds if self._number == 0 else 0.0
 
     def _lookup(self, ids: Array, out: Array) -> Array:
-        with self._group._lock, _Naming():
-            split = service.split_by_owner(ids, self._group.size)
-            asked: dict[int, tuple[Communicator, Array]] = {}
+        with self._group._lock:
+            split = wire.split_by_owner(ids, self._group.size)
+            asked: dict[int, tuple[Link, Array]] = {}
             for owner in self._group.others:
                 # An owner that has nothing to tell is not asked.
                 if len(split[owner]):
-                    link = self._group.ask(owner, service.LOOKUP, self._number, self.clock, len(split[owner]))
-                    link.send(service.SERVES, self._placed(ids[split[owner]]))
+                    link = self._group.ask(owner, wire.LOOKUP, self._number, self.clock, len(split[owner]))
+                    link.send(self._placed(ids[split[owner]]))
                     asked[owner] = link, split[owner]
             mine = split[self._group.rank]
             out[mine] = self._own.lookup(ids[mine], self.clock, self._buffers.take(len(mine), self.spec.dim))
             for link, places in asked.values():
-                out[places] = link.recv(service.SERVES, self._buffers.take(len(places), self.spec.dim))
+                out[places] = link.recv(self._buffers.take(len(places), self.spec.dim))
         return out
 
     def _update(self, ids: Array, gradients: Array, rate: float) -> None:
-        with self._group._lock, _Naming():
-            split = service.split_by_owner(ids, self._group.size)
+        with self._group._lock:
+            split = wire.split_by_owner(ids, self._group.size)
             for owner in self._group.others:
                 places = split[owner]
-                link = self._group.ask(owner, service.PUSH, self._number, self.clock, len(places), rate)
-                link.send(service.SERVES, self._placed(ids[places]))
+                link = self._group.ask(owner, wire.PUSH, self._number, self.clock, len(places), rate)
+                link.send(self._placed(ids[places]))
                 part = self._buffers.take(len(places), self.spec.dim)
-                link.send(service.SERVES, np.take(gradients, places, axis=0, out=part, mode="clip"))
+                link.send(np.take(gradients, places, axis=0, out=part, mode="clip"))
             mine = split[self._group.rank]
             self._own.wait(self.clock)
             self._own.push(self._group.rank, ids[mine], gradients[mine], rate)
@@ -192,37 +204,25 @@ class SyncedTable(TableAccess):
 
     def pieces(self) -> Iterator[TableState]:
         """Yield the whole table's state, one rank's after another's."""
-        with self._group._lock, _Naming():
-            self._own.wait(self.clock)
-            yield from self._own.shard.pieces()
+        with self._group._lock:
+            yield from self._own.pieces(self.clock)
             for owner in self._group.others:
-                link = self._group.ask(owner, service.STATE, self._number, self.clock)
-                yield from service.receive_pieces(link, service.SERVES, self.spec.dim)
+                link = self._group.ask(owner, wire.STATE, self._number, self.clock)
+                yield from wire.receive_pieces(link, self.spec.dim)
 
     def load(self, pieces: Iterable[TableState]) -> None:
         """Set the whole table, everywhere."""
         whole = list(pieces)
         for piece in whole:
             piece.check(self.spec)
-        with self._group._lock, _Naming():
+        with self._group._lock:
             for owner in self._group.others:
-                link = self._group.ask(owner, service.LOAD, self._number, self.clock)
-                service.load_pieces(link, (piece.part(owner, self._group.size) for piece in whole))
+                link = self._group.ask(owner, wire.LOAD, self._number, self.clock)
+                wire.load_pieces(link, (piece.part(owner, self._group.size) for piece in whole))
             self._own.load(whole, self.clock)
 
     def _placed(self, ids: Array) -> Array:
         return (ids // self._group.size).astype(self._places)
-
-
-class _Naming:
-    """Say what an error is about: in a pair everyone is rank 0 or 1."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, PeerLostError) and error.peer in (service.ASKS, service.SERVES):
-            raise PeerLostError(f"sharded tables: {error.reason or error}", None, error.reason) from error
 
 
 def _part_of(table: TableAccess, rank: int, size: int) -> TableShard:

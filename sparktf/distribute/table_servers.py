@@ -6,18 +6,20 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from sparktf.distribute import table_service as service
+from sparktf.distribute import table_wire as wire
 from sparktf.distribute.client import naming_server
 from sparktf.distribute.pair import SERVER, WORKER, receive_bytes, send_bytes
 from sparktf.distribute.sparse_optimizers import Array, SparseOptimizer
 from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import LocalTable, TableAccess
 from sparktf.distribute.table_fit import kept, tables_of
-from sparktf.distribute.table_service import SyncedShard, TableService
+from sparktf.distribute.table_service import SyncedShard, TableService, not_the_peers
+from sparktf.distribute.table_wire import Link
 from sparktf.errors import PeerLostError, SparktfError
 from sparktf.transport import Communicator
 
@@ -84,12 +86,12 @@ class ServedTables(TableService):
             super()._fail(rank, error)
             return
         # The others go on without it.
-        self._communicators[rank].abort(error.reason or str(error))
+        self._links[rank].abort(error.reason or str(error))
         try:
             for shard in self._shards:
                 shard.leave(rank)
         except BaseException as failure:  # leaving may complete a round of pushes, and applying it may fail
-            super()._fail(rank, service.not_the_peers(rank, failure))
+            super()._fail(rank, not_the_peers(rank, failure))
 
 
 class ServedTable(TableAccess):
@@ -109,8 +111,8 @@ class ServedTable(TableAccess):
 
     def __init__(self, links: Sequence[Communicator], lock: Any, number: int, before: TableAccess) -> None:
         super().__init__(before.spec, before.name)
-        self._links, self._lock, self._number = links, lock, number
-        self._places = service.place_dtype(self.spec.rows, len(links))
+        self._links, self._lock, self._number = _named(links), lock, number
+        self._places = wire.place_dtype(self.spec.rows, len(links))
         self._started = before.updates
         self._clock = 0
 
@@ -130,37 +132,32 @@ class ServedTable(TableAccess):
     def _lookup(self, ids: Array, out: Array) -> Array:
         with self._lock:
             asked = []
-            for server, places in enumerate(service.split_by_owner(ids, len(self._links))):
+            for link, places in zip(self._links, wire.split_by_owner(ids, len(self._links)), strict=True):
                 # A server that has nothing to tell is not asked.
                 if len(places):
-                    with naming_server(server):
-                        self._ask(server, service.LOOKUP, len(places))
-                        self._links[server].send(service.SERVES, self._placed(ids[places]))
-                    asked.append((server, places))
-            for server, places in asked:
-                rows = self._buffers.take(len(places), self.spec.dim)
-                with naming_server(server):
-                    out[places] = self._links[server].recv(service.SERVES, rows)
+                    self._ask(link, wire.LOOKUP, len(places))
+                    link.send(self._placed(ids[places]))
+                    asked.append((link, places))
+            for link, places in asked:
+                out[places] = link.recv(self._buffers.take(len(places), self.spec.dim))
         return out
 
     def _update(self, ids: Array, gradients: Array, rate: float) -> None:
         with self._lock:
-            for server, places in enumerate(service.split_by_owner(ids, len(self._links))):
+            for link, places in zip(self._links, wire.split_by_owner(ids, len(self._links)), strict=True):
                 part = self._buffers.take(len(places), self.spec.dim)
                 np.take(gradients, places, axis=0, out=part, mode="clip")
-                with naming_server(server):
-                    self._ask(server, service.PUSH, len(places), rate)
-                    self._links[server].send(service.SERVES, self._placed(ids[places]))
-                    self._links[server].send(service.SERVES, part)
+                self._ask(link, wire.PUSH, len(places), rate)
+                link.send(self._placed(ids[places]))
+                link.send(part)
             self._clock += 1
 
     def pieces(self) -> Iterator[TableState]:
         """Yield the whole table's state, one server's after another's."""
         with self._lock:
-            for server in range(len(self._links)):
-                with naming_server(server):
-                    self._ask(server, service.STATE)
-                    yield from service.receive_pieces(self._links[server], service.SERVES, self.spec.dim)
+            for link in self._links:
+                self._ask(link, wire.STATE)
+                yield from wire.receive_pieces(link, self.spec.dim)
 
     def load(self, pieces: Iterable[TableState]) -> None:
         """Set the whole table, on all servers."""
@@ -168,15 +165,12 @@ class ServedTable(TableAccess):
         for piece in whole:
             piece.check(self.spec)
         with self._lock:
-            for server in range(len(self._links)):
-                parts = (piece.part(server, len(self._links)) for piece in whole)
-                with naming_server(server):
-                    self._ask(server, service.LOAD)
-                    service.load_pieces(self._links[server], parts)
+            for server, link in enumerate(self._links):
+                self._ask(link, wire.LOAD)
+                wire.load_pieces(link, (piece.part(server, len(self._links)) for piece in whole))
 
-    def _ask(self, server: int, kind: int, count: int = 0, rate: float = 0.0) -> None:
-        request = service.request(kind, self._number, self._clock, count, rate)
-        self._links[server].send(service.SERVES, request)
+    def _ask(self, link: Link, kind: int, count: int = 0, rate: float = 0.0) -> None:
+        link.send(wire.request(kind, self._number, self._clock, count, rate))
 
     def _placed(self, ids: Array) -> Array:
         return (ids // len(self._links)).astype(self._places)
@@ -217,10 +211,19 @@ def bring_back_tables(model: Any) -> None:
 
 
 def leave_tables(links: Sequence[Communicator]) -> None:
-    """Tell servers that this worker asks no more; then close the links."""
-    for link in links:
-        link.send(service.SERVES, service.request(service.LEAVE))
-        link.close()
+    """Tell servers that this worker asks no more; then close the links.
+
+    Raises
+    ------
+    PeerLostError, TransportTimeoutError
+        A server could not be told, the first of them; all others were.
+    """
+    with wire.leaving(_named(links)):
+        pass
+
+
+def _named(links: Sequence[Communicator]) -> list[Link]:
+    return [Link(link, wire.SERVES, partial(naming_server, server)) for server, link in enumerate(links)]
 
 
 def table_link(pair: Communicator, timeout: float) -> Communicator:

@@ -7,29 +7,34 @@ callback, find all rows at any time.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from sparktf.distribute.sparse_optimizers import Array
 from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import Buffers, summed
-from sparktf.errors import PeerLostError, SparktfError, TransportTimeoutError
+from sparktf.distribute.table_wire import (
+    ASKS,
+    LEAVE,
+    LOOKUP,
+    PUSH,
+    REQUEST_NUMBERS,
+    STATE,
+    Link,
+    naming_rank,
+    place_dtype,
+    receive_pieces,
+    send_pieces,
+)
+from sparktf.errors import SparktfError, TransportTimeoutError
 from sparktf.transport import Communicator
 
 _LOG = logging.getLogger("sparktf.distribute")
-
-# Ranks in a pair.
-ASKS, SERVES = 0, 1
-# Requests. A request is `REQUEST_NUMBERS` of int64: its kind, the table's number, how many updates the one that asks
-# has pushed so far, how many rows follow or are asked for, and the bits of the learning rate.
-LOOKUP, PUSH, STATE, LOAD, LEAVE = range(5)
-REQUEST_NUMBERS = 5
 
 
 class SyncedShard:
@@ -50,9 +55,8 @@ class SyncedShard:
         self._ranks = set(range(ranks))
         self._timeout = timeout
         self._news = threading.Condition()
-        self._pushed: dict[int, tuple[Array, Array]] = {}
+        self._pushed: dict[int, tuple[Array, Array, float]] = {}
         self._failure: SparktfError | None = None
-        self._rate = 0.0
         self.version = 0
 
     def wait(self, clock: int) -> None:
@@ -87,18 +91,19 @@ class SyncedShard:
     def push(self, rank: int, ids: Array, gradients: Array, rate: float) -> None:
         """Take a rank's gradients for the next update; the rank has waited for the one before.
 
-        Both arrays are read until `wait` says that the update is made. Of the learning rates the chief's counts.
+        Both arrays are read until `wait` says that the update is made. Of the learning rates that of the lowest rank
+        counts which has pushed.
         """
         with self._news:
-            self._pushed[rank] = ids, gradients
-            if rank == 0:
-                self._rate = rate
+            self._pushed[rank] = ids, gradients, rate
             self._update_when_all_have_pushed()
 
     def _update_when_all_have_pushed(self) -> None:
         if not self._pushed or not self._ranks <= set(self._pushed) or self._failure is not None:
             return
-        self.shard.update(*summed([self._pushed[r] for r in sorted(self._pushed)], self.shard.spec.dim), self._rate)
+        pushed = [self._pushed[rank] for rank in sorted(self._pushed)]
+        ids, gradients = summed([(ids, gradients) for ids, gradients, _ in pushed], self.shard.spec.dim)
+        self.shard.update(ids, gradients, pushed[0][2])
         self._pushed.clear()
         self.version += 1
         self._news.notify_all()
@@ -108,6 +113,18 @@ class SyncedShard:
         with self._news:
             self._ranks.discard(rank)
             self._update_when_all_have_pushed()
+
+    def pieces(self, clock: int) -> Iterator[TableState]:
+        """Yield the state after so many updates, or more, as `TableShard.pieces` does; others may push meanwhile."""
+        self.wait(clock)
+        pieces = self.shard.pieces()
+        while True:
+            # A copy of one moment; who takes it may be slow.
+            with self._news:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def load(self, pieces: Iterable[TableState], clock: int) -> None:
         """Set the shard's rows."""
@@ -135,10 +152,13 @@ class TableService:
 
     def __init__(self, shards: Sequence[SyncedShard], communicators: Mapping[int, Communicator]) -> None:
         self._shards = list(shards)
-        self._communicators = dict(communicators)
+        self._links = {
+            rank: Link(communicator, ASKS, partial(naming_rank, rank, "which asks for rows of sharded tables"))
+            for rank, communicator in communicators.items()
+        }
         self._threads = [
             threading.Thread(target=self._attend, args=pair, name=f"sparktf-table-{pair[0]}", daemon=True)
-            for pair in self._communicators.items()
+            for pair in self._links.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -150,17 +170,20 @@ class TableService:
 
     def abort(self, reason: str) -> None:
         """End at once; tell all who ask why."""
-        for communicator in self._communicators.values():
-            communicator.abort(reason)
+        for link in self._links.values():
+            link.abort(reason)
+        # A thread may wait for pushes, which no longer come.
+        for shard in self._shards:
+            shard.fail(SparktfError(f"sharded tables are no longer served: {reason}"))
         self.join()
 
-    def _attend(self, rank: int, communicator: Communicator) -> None:
+    def _attend(self, rank: int, link: Link) -> None:
         """Serve one rank; the function of its thread."""
-        visit = _Visit(rank, communicator, self._shards)
+        visit = _Visit(rank, link, self._shards)
         try:
             while visit.answer():
                 pass
-            communicator.close()
+            link.close()
         except SparktfError as error:
             self._fail(rank, error)
         except BaseException as error:  # nobody else would hear of it
@@ -168,135 +191,52 @@ class TableService:
             self._fail(rank, not_the_peers(rank, error))
 
     def _fail(self, rank: int, error: SparktfError) -> None:
-        reason = getattr(error, "reason", "") or str(error)
-        if isinstance(error, PeerLostError):
-            error = PeerLostError(f"lost rank {rank}, which asks for rows of sharded tables: {reason}", rank, reason)
         for shard in self._shards:
             shard.fail(error)
-        for communicator in self._communicators.values():
-            communicator.abort(reason)
+        for link in self._links.values():
+            link.abort(str(error))
 
 
 class _Visit:
     """One rank's requests, one after the other."""
 
-    def __init__(self, rank: int, communicator: Communicator, shards: Sequence[SyncedShard]) -> None:
-        self._rank, self._communicator, self._shards = rank, communicator, shards
+    def __init__(self, rank: int, link: Link, shards: Sequence[SyncedShard]) -> None:
+        self._rank, self._link, self._shards = rank, link, shards
         self._request = np.zeros(REQUEST_NUMBERS, np.int64)
         self._buffers = Buffers()
 
     def answer(self) -> bool:
         """Answer the next request; return False where the rank leaves."""
-        self._communicator.recv(ASKS, self._request)
+        self._link.recv(self._request)
         kind, table, clock, count, _ = (int(number) for number in self._request)
         if kind == LEAVE:
             return False
         shard = self._shards[table]
         if kind == LOOKUP:
             rows = self._buffers.take(count, shard.shard.spec.dim)
-            self._communicator.send(ASKS, shard.lookup(self._ids(shard, count), clock, rows))
+            self._link.send(shard.lookup(self._ids(shard, count), clock, rows))
         elif kind == PUSH:
             rate = float(self._request[4:].view(np.float64)[0])
             # What was pushed before is being read until then.
             shard.wait(clock)
             ids = self._ids(shard, count)
-            gradients = self._communicator.recv(ASKS, self._buffers.take(count, shard.shard.spec.dim))
+            gradients = self._link.recv(self._buffers.take(count, shard.shard.spec.dim))
             shard.push(self._rank, ids, gradients, rate)
         elif kind == STATE:
-            shard.wait(clock)
-            send_pieces(self._communicator, ASKS, shard.shard.pieces())
+            send_pieces(self._link, shard.pieces(clock))
         else:
-            shard.load(receive_pieces(self._communicator, ASKS, shard.shard.spec.dim), clock)
+            shard.load(receive_pieces(self._link, shard.shard.spec.dim), clock)
             # Others may look these rows up as soon as the one that asked says so.
-            self._communicator.send(ASKS, np.zeros(1, np.uint8))
+            self._link.send(np.zeros(1, np.uint8))
         return True
 
     def _ids(self, shard: SyncedShard, count: int) -> Array:
         """Receive which rows of the shard, and return their ids."""
         places = np.empty(count, place_dtype(shard.shard.spec.rows, shard.shard.parts))
-        self._communicator.recv(ASKS, places)
+        self._link.recv(places)
         return places.astype(np.int64) * shard.shard.parts + shard.shard.part
 
 
 def not_the_peers(rank: int, error: BaseException) -> SparktfError:
     """Return what serving a rank has failed of, where not of the rank's loss: none may go on as if it were that."""
     return SparktfError(f"serving rank {rank} of sharded tables: {type(error).__name__}: {error}")
-
-
-def request(kind: int, table: int = 0, clock: int = 0, count: int = 0, rate: float = 0.0) -> Array:
-    """Return what goes before a message of the one that asks."""
-    numbers = np.zeros(REQUEST_NUMBERS, np.int64)
-    numbers[:4] = kind, table, clock, count
-    numbers[4:].view(np.float64)[0] = rate
-    return numbers
-
-
-def split_by_owner(ids: Array, owners: int) -> list[Array]:
-    """Return, by owner, where its ids stand."""
-    whose = ids % owners
-    order = np.argsort(whose, kind="stable")
-    return np.split(order, np.searchsorted(whose[order], np.arange(1, owners)))
-
-
-def place_dtype(rows: int, parts: int) -> np.dtype[np.signedinteger]:
-    """Return the dtype in which the number of a row within its part travels."""
-    return np.dtype(np.int32 if rows // parts < 2**31 - 1 else np.int64)
-
-
-def send_pieces(communicator: Communicator, peer: int, pieces: Iterable[TableState]) -> None:
-    """Send the pieces of a state."""
-    for piece in pieces:
-        _tell(communicator, peer, _described(piece))
-        for array in (piece.ids, piece.rows, *piece.slots.values()):
-            communicator.send(peer, array)
-    _tell(communicator, peer, {})
-
-
-def load_pieces(communicator: Communicator, pieces: Iterable[TableState]) -> None:
-    """Send the pieces behind a request to load them; return once they are loaded."""
-    send_pieces(communicator, SERVES, pieces)
-    communicator.recv(SERVES, np.zeros(1, np.uint8))
-
-
-def receive_pieces(communicator: Communicator, peer: int, dim: int) -> Iterator[TableState]:
-    """Yield what `send_pieces` sends."""
-    try:
-        while (piece := _receive_piece(communicator, peer, dim)) is not None:
-            yield piece
-    except GeneratorExit:
-        # The reader has enough; what is on its way must not be taken for the answer to its next request.
-        while _receive_piece(communicator, peer, dim) is not None:
-            pass
-        raise
-
-
-def _receive_piece(communicator: Communicator, peer: int, dim: int) -> TableState | None:
-    told = _heard(communicator, peer)
-    if not told:
-        return None
-    count = told["count"]
-    ids = communicator.recv(peer, np.empty(count, np.int64))
-    rows = communicator.recv(peer, np.empty((count, dim), np.float32))
-    slots = {name: communicator.recv(peer, np.empty((count, dim), np.float32)) for name in told["slots"]}
-    return TableState(ids, rows, slots, told["updates"], told["optimizer"])
-
-
-def _tell(communicator: Communicator, peer: int, told: dict[str, Any]) -> None:
-    packed = np.frombuffer(json.dumps(told).encode(), np.uint8)
-    communicator.send(peer, np.array([packed.size]))
-    communicator.send(peer, packed)
-
-
-def _heard(communicator: Communicator, peer: int) -> dict[str, Any]:
-    size = communicator.recv(peer, np.zeros(1, np.int64))
-    told: dict[str, Any] = json.loads(communicator.recv(peer, np.empty(int(size[0]), np.uint8)).tobytes())
-    return told
-
-
-def _described(state: TableState) -> dict[str, Any]:
-    return {
-        "count": len(state.ids),
-        "slots": list(state.slots),
-        "updates": state.updates,
-        "optimizer": state.optimizer,
-    }

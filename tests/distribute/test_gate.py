@@ -110,6 +110,22 @@ def test_training_ends_for_all_when_the_last_has_finished_and_begins_anew() -> N
         assert simulated.gate.clocks == [0, 0]
 
 
+def test_the_end_is_told_once_with_all_that_have_finished_before_any_of_them_is_let_go() -> None:
+    ended: list[tuple[int, ...]] = []
+    gate = Gate(3, None, lambda workers: None, 60.0, at_end=lambda finished: ended.append(tuple(finished)))
+    end = gate.finish(2)
+    gate.push(0)
+    gate.finish(0)
+    assert ended == []
+    gate.leave(1)
+    assert ended == [(0, 2)]
+    assert gate.finished(end, 0)
+    gate.push(0)
+    gate.finish(2)
+    gate.finish(0)
+    assert ended == [(0, 2), (0, 2)]
+
+
 def test_waiting_ends_with_the_name_of_the_one_that_does_not_come() -> None:
     gate = Gate(3, 0, lambda workers: None, timeout=0.2)
     gate.push(0)

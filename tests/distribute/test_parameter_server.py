@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import tensorflow as tf
 
 from sparktf.distribute.asynchronous import push_and_pull
 from sparktf.distribute.client import ParameterClient
+from sparktf.distribute.gate import Gate
+from sparktf.distribute.rates import Rates
 from sparktf.errors import HandshakeError, ParamError, PeerLostError, TransportTimeoutError
 from sparktf.transport.testing import processes
 
@@ -70,6 +73,36 @@ def test_all_workers_end_with_the_same_weights() -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_all_workers_get_the_weights_of_the_end_though_one_begins_anew_before_another_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = _data()
+    went_on = threading.Event()
+    finished = Gate.finished
+
+    def late(gate: Gate, end: int, seconds: float) -> bool:
+        reached = finished(gate, end, seconds)
+        if reached and threading.current_thread().name == "sparktf-serve-1":
+            assert went_on.wait(30)
+        return reached
+
+    monkeypatch.setattr(Gate, "finished", late)
+    # The first push of a fit has been answered when its second begins.
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: went_on.set() if batch == 2 else None)
+
+    def main(worker: int, optimizer: Any) -> list[np.ndarray]:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=64, epochs=1, verbose=0)
+        ended = model.get_weights()
+        model.fit(x, y, batch_size=64, epochs=1, verbose=0, callbacks=[note])
+        return ended
+
+    first, second = servers.train(main, lambda: keras.optimizers.SGD(0.05)).raise_first().workers
+    for ours, theirs in zip(first, second, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 _OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
     "schedule": lambda: keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)),
@@ -106,6 +139,25 @@ def test_steps_executed_together_keep_their_order(compression: str) -> None:
     tolerance = 1e-5 if compression == "none" else 1e-2
     for ours, theirs in zip(served.workers[0].get_weights(), one.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_rounds_of_one_worker_may_come_before_those_of_two() -> None:
+    x, y = _data()
+
+    def main(worker: int, optimizer: Any) -> keras.Model:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        if worker == 0:
+            model.fit(x, y, batch_size=32, epochs=1, verbose=0)
+        else:
+            optimizer.build(model.trainable_variables)
+            optimizer.finalize_variable_values(model.trainable_variables)
+        model.fit(x[worker::2], y[worker::2], batch_size=32, epochs=1, verbose=0)
+        return model
+
+    served = servers.train(main, lambda: keras.optimizers.SGD(0.05), max_staleness=0, compression="bf16").raise_first()
+    assert served.servers[0].pushes == (8 + 4, 4)
+    assert served.servers[0].updates == 8 + 4
 
 
 @pytest.mark.parametrize(
@@ -163,6 +215,43 @@ def test_a_rate_set_by_the_chiefs_callback_reaches_the_server() -> None:
 
     served = servers.train(main, lambda: keras.optimizers.SGD(0.05), workers=1).raise_first()
     assert served.workers[0] == [0.0, 0.0]
+
+
+def test_the_rate_of_the_next_worker_counts_once_the_chief_has_left() -> None:
+    x, y = _data()
+    # Rows that no weights fit, so that every update changes them.
+    y += np.random.default_rng(1).normal(size=y.shape)
+
+    def main(worker: int, optimizer: Any) -> bool:
+        model = servers.regression(worker)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, batch_size=32, epochs=1, verbose=0)
+        model.optimizer.learning_rate = 0.0
+        for _ in range(200 * worker):
+            before = model.get_weights()
+            model.fit(x[:32], y[:32], batch_size=32, epochs=1, verbose=0)
+            if all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)):
+                return True
+        return False
+
+    served = servers.train(main, lambda: keras.optimizers.SGD(0.05)).raise_first()
+    assert served.workers == [False, True]
+
+
+def test_the_rate_is_that_of_the_lowest_worker_that_is_there_and_is_set_when_it_changes() -> None:
+    followed: list[float] = []
+    rates = Rates(3, followed.append)
+    rates.tell(1, 0.5)
+    assert followed == []
+    for worker, rate in [(0, 0.1), (0, 0.1), (1, 0.2), (0, float("nan")), (0, 0.3)]:
+        rates.tell(worker, rate)
+    assert followed == [0.1, 0.3]
+    rates.leave(0)
+    assert followed == [0.1, 0.3, 0.2]
+    # The next has told nothing yet.
+    rates.leave(1)
+    rates.leave(2)
+    assert followed == [0.1, 0.3, 0.2]
 
 
 def test_the_staleness_allowed_is_never_exceeded_by_a_faster_worker() -> None:

@@ -18,12 +18,13 @@ from sparktf.distribute import ShardedEmbedding
 from sparktf.distribute.mean import gradient_mean
 from sparktf.distribute.reducer import GradientReducer
 from sparktf.distribute.sparse_optimizers import sparse_optimizer
-from sparktf.distribute.table import TableState
+from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import LocalTable
 from sparktf.distribute.table_exchange import TableGroup
 from sparktf.distribute.table_fit import tables_of
 from sparktf.distribute.table_meeting import connect_everyone
 from sparktf.distribute.table_rows import RowInitializer, TableSpec
+from sparktf.distribute.table_service import SyncedShard
 from sparktf.errors import DataError, HandshakeError, ParamError, PeerLostError, SparktfError, TransportTimeoutError
 from sparktf.transport import Communicator
 from sparktf.transport.testing import results_of_threads, run_threads
@@ -326,6 +327,20 @@ def test_the_chief_sets_rows_everywhere() -> None:
         np.testing.assert_array_equal(rows, expected)
 
 
+@pytest.mark.parametrize(("chief_pushes", "rate"), [(False, 0.5), (True, 0.25)])
+def test_the_rate_of_an_update_is_that_of_the_lowest_rank_that_has_pushed(chief_pushes: bool, rate: float) -> None:
+    spec, ids, ones = _new_table().spec, np.arange(4), np.ones((4, 8), np.float32)
+    shared = SyncedShard(TableShard(spec), 3, 1.0)
+    shared.shard.use(sparse_optimizer("SGD", SGD))
+    if chief_pushes:
+        shared.push(0, ids, 0 * ones, 0.25)
+    shared.push(1, ids, ones, 0.5)
+    shared.push(2, ids, 0 * ones, 0.75)
+    shared.leave(0)
+    found = shared.lookup(ids, 1, np.empty((4, 8), np.float32))
+    np.testing.assert_allclose(found, spec.new_rows(ids) - rate, rtol=1e-6)
+
+
 def test_a_rank_that_does_not_push_is_named() -> None:
     done = threading.Event()
 
@@ -344,23 +359,80 @@ def test_a_rank_that_does_not_push_is_named() -> None:
     assert "gradients of ranks [1] for update 1" in str(waited)
 
 
+def _named(error: Any, lost: int) -> bool:
+    """Return whether an error names the lost rank, or a rank that has ended because it had lost that one."""
+    if not isinstance(error, PeerLostError) or f"lost rank {error.peer}, which" not in str(error):
+        return False
+    return error.peer == lost or f"lost rank {lost}, which" in error.reason
+
+
 @pytest.mark.parametrize("leaves", ["fails", "vanishes"])
-def test_a_lost_rank_ends_the_others(leaves: str) -> None:
+@pytest.mark.parametrize(("ranks", "lost"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_a_lost_rank_ends_the_others_with_its_name(leaves: str, ranks: int, lost: int) -> None:
     def main(communicator: Communicator) -> Any:
         with TableGroup(communicator, [_new_table()]) as group:
-            if communicator.rank == 1:
+            if communicator.rank == lost:
                 if leaves == "fails":
                     raise SparktfError("kaboom")
-                for link in group._asking.values():
-                    link._wake()  # type: ignore[attr-defined]
+                for link in [*group._asking.values(), *group._service._links.values()]:
+                    link.communicator._wake()  # type: ignore[attr-defined]
                 raise KeyboardInterrupt
             _stepping(group.tables[0], np.arange(9), 3)
 
-    outcomes = run_threads("tcp", 3, main)
-    for outcome in (outcomes[0], outcomes[2]):
-        assert isinstance(outcome, PeerLostError), outcome
-    if leaves == "fails":
-        assert "kaboom" in str(outcomes[0])
+    outcomes = run_threads("tcp", ranks, main)
+    for outcome in outcomes[:lost] + outcomes[lost + 1 :]:
+        assert _named(outcome, lost), outcome
+        assert leaves == "vanishes" or "kaboom" in str(outcome)
+
+
+@pytest.mark.parametrize(("ranks", "late"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_a_rank_that_does_not_answer_in_time_is_named(ranks: int, late: int) -> None:
+    asked = threading.Event()
+
+    def main(communicator: Communicator) -> Any:
+        with TableGroup(communicator, [_new_table()]) as group:
+            if communicator.rank == late:
+                # Nobody is told of its rows.
+                with group.shards[0]._news:
+                    communicator.barrier()
+                    asked.wait(30)
+                return
+            communicator.barrier()
+            if communicator.rank == 1 - late % 2:
+                try:
+                    group.tables[0].lookup(np.arange(9))
+                finally:
+                    asked.set()
+
+    waited = run_threads("tcp", ranks, main, timeout=1.0)[1 - late % 2]
+    assert isinstance(waited, TransportTimeoutError), waited
+    assert f"waiting for rank {late}, which has rows" in str(waited)
+
+
+def test_a_rank_that_cannot_be_told_of_the_end_keeps_no_other_from_being_told() -> None:
+    closed = threading.Event()
+
+    def main(communicator: Communicator) -> Any:
+        group = TableGroup(communicator, [_new_table()])
+        if communicator.rank != 0:
+            closed.wait(30)
+            group.abort("the test ends")
+            return None
+        links = [group._asking[1], group._asking[2]]
+        links[0].abort("it breaks")
+        before = links[1].stats.bytes_sent
+        try:
+            with pytest.raises(PeerLostError, match="lost rank 1, which has rows of sharded tables: it breaks") as told:
+                group.close()
+        finally:
+            closed.set()
+        assert told.value.peer == 1
+        assert all(link.communicator._released for link in links)  # type: ignore[attr-defined]
+        assert not any(thread.is_alive() for thread in group._service._threads)
+        return links[1].stats.bytes_sent - before
+
+    # A request has five numbers.
+    assert results_of_threads("tcp", 3, main)[0] == 40
 
 
 def test_ranks_that_cannot_meet_leave_nothing_connected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -10,9 +13,16 @@ import numpy as np
 import pytest
 from groups import Task, assert_ranks_agree, by_one_process, weights
 from paces import by_workers
+from servers import connected
 
 from sparktf.distribute import ShardedEmbedding
+from sparktf.distribute.client import naming_server
+from sparktf.distribute.sparse_optimizers import sparse_optimizer_of
 from sparktf.distribute.table import TableShard
+from sparktf.distribute.table_rows import RowInitializer, TableSpec
+from sparktf.distribute.table_servers import FreeShard, leave_tables
+from sparktf.distribute.table_service import SyncedShard, TableService
+from sparktf.distribute.table_wire import ASKS, LEAVE, SERVES, STATE, Link, receive_pieces, request
 from sparktf.errors import PeerLostError
 
 _RANDOM = np.random.default_rng(7)
@@ -107,3 +117,92 @@ def test_a_server_that_fails_by_itself_ends_the_fit_of_all_workers_with_its_word
         assert isinstance(outcome, PeerLostError), outcome
         assert "parameter server 0" in str(outcome)
         assert "ValueError: no such slot" in str(outcome)
+
+
+def test_a_server_that_cannot_be_told_of_the_end_keeps_no_other_from_being_told() -> None:
+    (links,), ends = connected("tcp", 1, 3, 10.0)
+    links[1].abort("it breaks")
+    with pytest.raises(PeerLostError, match="parameter server 1: it breaks"):
+        leave_tables(links)
+    assert all(link._released for link in links)
+    for server in (0, 2):
+        assert ends[server][0].recv(ASKS, request(-1))[0] == LEAVE
+    for (end,) in ends:
+        end.close()
+
+
+# Of four pieces, which no connection takes without a reader.
+_ROWS = 1 << 18
+
+
+def _free() -> FreeShard:
+    """Return a part of a table that any push updates, of which all even rows have been updated once."""
+    shard = TableShard(TableSpec(_ROWS * 2, 8, 3, RowInitializer("Zeros")))
+    shard.use(sparse_optimizer_of(keras.optimizers.Adagrad(0.1, initial_accumulator_value=1.0)))
+    free = FreeShard(shard, 2, 10.0)
+    free.push(0, 2 * np.arange(_ROWS), np.ones((_ROWS, 8), np.float32), 1.0)
+    return free
+
+
+class _PushedBetween(dict[str, Any]):
+    """Slots that are read later than rows: a push comes in between, where it is let."""
+
+    def __init__(self, free: FreeShard) -> None:
+        super().__init__(free.shard._slots)
+        self._pushing = threading.Thread(target=free.push, args=(1, np.array([2]), np.ones((1, 8), np.float32), 1.0))
+        self._seen = False
+
+    def items(self) -> Any:
+        if not self._seen:
+            self._seen = True
+            self._pushing.start()
+            self._pushing.join(1.0)
+        return super().items()
+
+
+def test_a_piece_of_a_state_has_rows_and_slots_of_one_moment_though_workers_push() -> None:
+    free = _free()
+    free.shard._slots = slots = _PushedBetween(free)
+    piece = next(free.pieces(0))
+    slots._pushing.join(10)
+    assert piece.slots["accumulator"][1].tolist() == [2.0] * 8
+    np.testing.assert_allclose(piece.rows[1], -1 / np.sqrt(2), rtol=1e-6)
+    # The push has come, behind the piece.
+    assert free.shard._slots["accumulator"][2].tolist() == [3.0] * 8
+
+
+def test_workers_push_while_another_reads_the_state_however_slowly() -> None:
+    free = _free()
+    (links,), ((end,),) = connected("tcp", 1, 1, 30.0)
+    service = TableService([free], {0: end})
+    link = Link(links[0], SERVES, partial(naming_server, 0))
+    link.send(request(STATE))
+    reading = receive_pieces(link, 8)
+    pieces = [next(reading)]
+    # Of the last rows, an old and a new one.
+    last = np.array([2 * _ROWS - 2, 2 * _ROWS - 1])
+    pushing = threading.Thread(target=free.push, args=(1, last, np.ones((2, 8), np.float32), 1.0), daemon=True)
+    pushing.start()
+    pushing.join(10)
+    assert not pushing.is_alive()
+    pieces += reading
+    leave_tables(links)
+    service.join()
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces]), 2 * np.arange(_ROWS))
+    (accumulated,) = np.unique(pieces[-1].slots["accumulator"][-1])
+    rate = 1 / np.sqrt(2) + (1 / np.sqrt(3) if accumulated == 3 else 0)
+    np.testing.assert_allclose(pieces[-1].rows[-1], -rate, rtol=1e-6)
+
+
+def test_a_service_that_ends_does_not_wait_for_pushes_that_no_longer_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SyncedShard(_free().shard, 2, 30.0)
+    waits, waited = threading.Event(), shared.wait
+    monkeypatch.setattr(shared, "wait", lambda clock: (waits.set(), waited(clock)))
+    (links,), ((end,),) = connected("tcp", 1, 1, 30.0)
+    service = TableService([shared], {0: end})
+    Link(links[0], SERVES, partial(naming_server, 0)).send(request(STATE, clock=1))
+    assert waits.wait(10)
+    began = time.monotonic()
+    service.abort("it breaks")
+    assert time.monotonic() - began < 10
+    links[0].close()

@@ -189,6 +189,21 @@ def test_a_state_is_read_and_searched_without_the_table() -> None:
     assert table.lookup(np.zeros(0, np.int64)).shape == (0, 3)
 
 
+def test_rows_that_are_set_between_two_pieces_are_told_as_they_are_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparktf.distribute.table.piece_rows", lambda dim, slots: 4)
+    shard = _filled(updates=9)
+    assert shard.held > 12
+    pieces = shard.pieces()
+    next(pieces)
+    ids = shard.state().ids[[5, 9]]
+    values = np.arange(6, dtype="float32").reshape(2, 3)
+    shard.load([TableState(ids, values)])
+    found = TableState.joined(list(pieces), SPEC.dim)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_array_equal(found.rows, values)
+    np.testing.assert_array_equal(found.slots["accumulator"], np.full((2, 3), np.float32(0.1)))
+
+
 def test_a_state_of_another_table_is_refused() -> None:
     table = LocalTable(TableSpec(10, 3, 0, UNIFORM), "small")
     with pytest.raises(ParamError, match=r"table of 10 rows of 3, received ids up to 2\d"):
