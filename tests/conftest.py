@@ -59,6 +59,15 @@ def spark_settings() -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
+def spark_conf_dir() -> str:
+    """Return a directory for SPARK_CONF_DIR: the same Java for programs that start a Spark of their own."""
+    directory = TEMPORARY / "conf"
+    directory.mkdir()
+    (directory / "spark-defaults.conf").write_text(f"spark.driver.extraJavaOptions {_JAVA_OPTIONS}\n")
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
 def start_spark() -> Iterator[Callable[..., Any]]:
     """Start the process's one session as asked for; it is stopped after the last test."""
     sessions = []

@@ -166,21 +166,26 @@ def test_missing_arguments_are_wrong_arguments() -> None:
     assert cli.main(["score", "--model", "m", "--input", "i", "--output", "o", "--option", "header"]) == 2
 
 
-def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"HOME": str(directory), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+def _run(command: list[str], directory: Path, spark_conf_dir: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "HOME": str(directory),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "SPARK_CONF_DIR": spark_conf_dir,
+    }
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=directory, timeout=240, check=False
     )
 
 
 @pytest.mark.long
-def test_score_runs_under_spark_submit(pipeline_model: str, table: str, tmp_path: Path) -> None:
+def test_score_runs_under_spark_submit(pipeline_model: str, table: str, tmp_path: Path, spark_conf_dir: str) -> None:
     from pyspark.find_spark_home import _find_spark_home
 
     submit = [f"{_find_spark_home()}/bin/spark-submit", "--master", "local[2]", "--conf", "spark.ui.enabled=false"]
     arguments = ["score", "--model", pipeline_model, "--input", table, "--output", "scored"]
     command = ["env", f"PYSPARK_PYTHON={sys.executable}", *submit, cli.__file__, *arguments]
-    answer = _run(command, tmp_path)
+    answer = _run(command, tmp_path, spark_conf_dir)
     assert answer.returncode == 0, answer.stderr
     assert "scored 100 rows" in answer.stdout
     assert (tmp_path / "scored" / "_SUCCESS").exists()
@@ -200,7 +205,7 @@ def tf_model(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_score_loads_a_tensorflow_model_and_runs_alone_on_a_pipeline_with_one_line_on_the_screen(
-    spark: Any, table: str, tf_model: str, tmp_path: Path
+    spark: Any, table: str, tf_model: str, tmp_path: Path, spark_conf_dir: str
 ) -> None:
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import VectorAssembler
@@ -216,6 +221,7 @@ def test_score_loads_a_tensorflow_model_and_runs_alone_on_a_pipeline_with_one_li
     answer = _run(
         [sys.executable, "-m", "sparktf", "score", "--model", pipeline, "--input", table, "--output", "piped"],
         tmp_path,
+        spark_conf_dir,
     )
     assert (answer.returncode, answer.stderr) == (0, "")
     assert re.fullmatch(r"scored 100 rows in .* to piped\n", answer.stdout)

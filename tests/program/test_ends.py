@@ -43,6 +43,7 @@ def test_a_node_that_died_is_seen_though_a_fork_of_it_lives(spark: Any) -> None:
     assert time.monotonic() - started < _START
 
 
+@pytest.mark.long
 def test_an_evaluator_may_wait_for_longer_than_the_timeout(spark: Any) -> None:
     results = run(programs.evaluates, 10, spark=spark, evaluator=True, timeout=8)
     assert results == ["chief False", "evaluator True"]

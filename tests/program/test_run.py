@@ -206,6 +206,7 @@ def test_a_program_that_hangs_ends_after_the_timeout(spark: Any) -> None:
         run(programs.hangs, spark=spark, timeout=8)
 
 
+@pytest.mark.long
 def test_a_program_may_take_longer_than_the_timeout(spark: Any) -> None:
     assert run(programs.goes_on, 10, spark=spark, timeout=8) == ["done"]
 

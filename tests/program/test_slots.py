@@ -36,6 +36,7 @@ def test_a_run_whose_nodes_never_come_up_ends_after_the_timeout(spark: Any) -> N
         holder.join()
 
 
+@pytest.mark.long
 def test_a_run_may_wait_for_another_of_ours_for_longer_than_the_timeout(spark: Any) -> None:
     first = run(programs.goes_on, 12, spark=spark, num_workers=3, timeout=8, wait=False)
     second = run(programs.goes_on, 0, spark=spark, num_workers=3, timeout=8, wait=False)
