@@ -155,6 +155,9 @@ def _result(outcome: Outcome, job: TrainJob, path: str) -> TrainingResult:
             for part in parts:
                 file.write(part["payload"])
     elif not outcome.received:
+        if outcome.failure is not None:
+            # Its file did not arrive here, whatever the node believes: the driver's disk is full, say.
+            raise node_error(outcome.failure)
         lost = [f"worker {rank}: {told['lost']}" for rank, told in sorted(reports.items()) if "lost" in told]
         raise ClusterError(
             f"Expected the trained model from a worker, received none. Lost: {', '.join(lost) or 'none'}."

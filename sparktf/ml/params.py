@@ -95,7 +95,8 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     verbose = make_param("verbose", "'auto', or Keras's 0, 1 or 2.", to.verbosity)
     timeout = make_param(
         "timeout",
-        "seconds without any progress after which a fit fails (greater than 0).",
+        "seconds without any progress after which a fit fails (greater than 0); batches and epochs that end are "
+        "progress, so that it must be longer than any callback, checkpoint or validation takes.",
         to.positive_seconds("timeout"),
     )
 

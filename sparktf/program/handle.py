@@ -136,6 +136,10 @@ def _results(outcome: Outcome, roles: Roles, paths: Mapping[int, str]) -> list[A
         raise _failure(outcome, roles)
     if missing:
         raise ClusterError(f"Expected a result from {roles.world_size} nodes, received none from {missing}.")
+    in_files = {rank for rank, rows in found.items() if any(row["name"] == DIGEST for row in rows)}
+    if in_files - outcome.received and outcome.failure is not None:
+        # A file did not arrive here, whatever its node believes: the driver's disk is full, say.
+        raise _failure(outcome, roles)
     return [_result(found[rank], rank, outcome.received, paths[rank]) for rank in range(roles.world_size)]
 
 
@@ -152,9 +156,11 @@ def _result(rows: Sequence[Any], rank: int, received: frozenset[int], path: str)
         return pickle.loads(pickled) if pickled else None
     assert kind == DIGEST  # the task sends nothing else
     told = json.loads(bytes(rows[0]["payload"]))
+    if rank not in received:
+        raise ClusterError(f"Expected {told['bytes']:,} bytes of a result from rank {rank}, received none.")
     with open(path, "rb") as file:
         # The digest came through Spark; the file did not.
-        if rank not in received or hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
             raise ClusterError(f"Expected {told['bytes']:,} bytes of a result from rank {rank}, received others.")
         file.seek(0)
         return pickle.load(file)
