@@ -35,7 +35,8 @@ def test_the_recommender_knows_more_than_the_mean_rating(run_example: Any) -> No
     assert 0.4 < error < 0.75 * of_the_mean
 
 
-@pytest.mark.parametrize("mode", [pytest.param("async", marks=pytest.mark.long), "sync"])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["async", "sync"])
 def test_wide_and_deep_foresees_clicks(run_example: Any, mode: str) -> None:
     last = run_example("wide_and_deep", "--mode", mode, "--rows", "6000", "--batch_size", "64", "--epochs", "3")
     found = re.fullmatch(r"auc (\d\.\d{3})", last)

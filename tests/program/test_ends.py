@@ -32,6 +32,7 @@ def _until(condition: Callable[[], Any], seconds: float = _START) -> Any:
     return found
 
 
+@pytest.mark.long
 def test_a_node_that_closed_its_output_and_does_not_end_harms_nobody(spark: Any) -> None:
     assert run(programs.ends_badly, spark=spark, num_workers=2) == [0, 1]
 

@@ -46,6 +46,7 @@ def test_a_plain_tensorflow_program_joins_and_is_let_go(spark: Any) -> None:
     assert run(programs.joins_a_server, spark=spark, num_workers=2) == ["6.0", "joined"]
 
 
+@pytest.mark.long
 def test_a_server_that_never_looks_up_is_stopped(spark: Any) -> None:
     assert run(programs.never_stops_serving, spark=spark, num_workers=1, num_ps=1) == ["chief", None]
 
