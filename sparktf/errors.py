@@ -107,6 +107,12 @@ class PeerLostError(TransportError):
         self.reason = reason
 
 
+def lost_peer(error: BaseException) -> dict[str, object]:
+    """Return the peer and reason of a `PeerLostError`, JSON-able; of others, whose attributes may be anything, none."""
+    told = error if isinstance(error, PeerLostError) else None
+    return {"peer": told.peer, "reason": told.reason} if told is not None else {"peer": None, "reason": ""}
+
+
 class TransportTimeoutError(TransportError, TimeoutError):
     """A peer made no progress within the time allowed."""
 

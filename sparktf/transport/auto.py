@@ -9,6 +9,7 @@ from sparktf.transport import rdma, tcp
 from sparktf.transport.contract import Communicator
 from sparktf.transport.hosts import Hosts
 from sparktf.transport.mesh import Exchange, connect_mesh
+from sparktf.transport.segment import on_disk
 from sparktf.transport.settings import Settings
 from sparktf.transport.shm import ShmCommunicator, survey_hosts
 from sparktf.transport.survey import share
@@ -53,6 +54,7 @@ def connect(
                 within = f"{_describe(hosts)}; " if shares else ""
                 communicator.reason = (
                     f"{within}every rank has an RDMA device with an active port that reaches all others"
+                    f"{on_disk(hosts.staging.values())}"
                 )
                 return communicator
         if shares:
@@ -61,7 +63,7 @@ def connect(
             communicator = tcp.TcpCommunicator(rank, size, mesh, timeout)
         why = f", no RDMA ({_first_sentence(troubles[0])})" if troubles else ", which is nearer than RDMA"
         between = ", sockets between them" if 1 < len(hosts.groups) < size else ""
-        communicator.reason = f"{_describe(hosts)}{between}{why}"
+        communicator.reason = f"{_describe(hosts)}{between}{why}{on_disk(hosts.staging.values()) if shares else ''}"
         return communicator
 
 

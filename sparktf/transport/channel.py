@@ -9,7 +9,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from sparktf.transport.contract import Stats
 from sparktf.transport.link import Gone, Link, Silent
 
 # The timeout is cut into this many waits: halfway through, peers are asked whether they are alive, and time
@@ -37,15 +39,24 @@ class Channel(Link):
     outbox : Outbox
         Sends what is posted; shared by the channels of one rank, whose communicator closes it after `shutdown`
         and before `close`.
+    stats : Stats
+        Where buffers of the channel's own are counted.
     """
 
     def __init__(
-        self, sock: socket.socket, peer: int, timeout: float, on_quiet: Callable[[], None], outbox: Outbox
+        self,
+        sock: socket.socket,
+        peer: int,
+        timeout: float,
+        on_quiet: Callable[[], None],
+        outbox: Outbox,
+        stats: Stats,
     ) -> None:
         self.peer = peer
         self._sock = sock
         self._on_quiet = on_quiet
         self._outbox = outbox
+        self._stats = stats
         self._scratch = bytearray()
         self._prepare(sock, timeout / WAITS)
 
@@ -97,6 +108,7 @@ class Channel(Link):
         """Receive into a buffer that grows to the longest piece; see `Link`."""
         if len(self._scratch) < nbytes:
             self._scratch = bytearray(nbytes)
+            self._stats.registrations += 1
         view = memoryview(self._scratch)[:nbytes]
         self.fill(view)
         return view
@@ -131,6 +143,11 @@ class Channel(Link):
         if quiet == WAITS // 2:
             self._on_quiet()
         return quiet
+
+    def set_timeout(self, seconds: float) -> None:
+        """Wait for so many seconds from now on; see `Link`."""
+        with suppress(OSError):
+            self._prepare(self._sock, seconds / WAITS)
 
     def shutdown(self) -> None:
         """End both directions and wake whoever waits in this channel; may be called by any thread."""

@@ -88,6 +88,19 @@ class CollectiveCommunicator(GuardedCommunicator):
         self._watch = Watch(controls, self._on_failure, self._on_left, lambda: self._current, self._on_tick, gone)
         self._watch.start()
 
+    @property
+    def timeout(self) -> float:
+        """Seconds without progress after which an operation fails; see `Communicator`."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        with self._lock:
+            if seconds != self._timeout:
+                self._timeout = seconds
+                for link in self._links.values():
+                    link.set_timeout(seconds)
+
     def all_reduce(self, array: Array, op: str = "sum", compression: str = "none") -> Array:
         """Reduce in place; see `Communicator`."""
         check_array(array, written=True)

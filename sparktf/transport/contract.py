@@ -25,8 +25,8 @@ class Stats:
     operations : int
         Operations begun. Error messages count with the same number.
     registrations : int
-        Buffers allocated (or registered with a device), those of `Communicator.allocate` too. It stands still once
-        every size in use was seen.
+        Buffers allocated (or registered with a device), those of `Communicator.allocate` and of single links too. It
+        stands still once every size in use was seen, between every two ranks that talk.
     seconds : float
         Wall-clock time spent inside operations, waiting included.
     """
@@ -67,7 +67,8 @@ class Communicator(ABC):
     stats : Stats
         Counters of this rank.
     timeout : float
-        Seconds without progress after which an operation fails, as `connect` was told.
+        Seconds without progress after which an operation fails, as `connect` was told. It may be set between
+        operations, and counts on this rank.
     another : callable
         `sparktf.transport.connect` with the protocol, secret, timeout, address and settings of this communicator: it
         takes ``rank``, ``size`` and ``exchange``, for a further group of the same processes or of some of them.

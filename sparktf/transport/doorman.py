@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +29,10 @@ _RETRY_SECONDS = 0.05
 Arrival = tuple[str, int, socket.socket]
 
 
+class StrayError(HandshakeError):
+    """A peer holds the secret and belongs to another group: to an earlier attempt of the same job, say."""
+
+
 @dataclass(frozen=True)
 class Group:
     """What every connection of one group is checked against."""
@@ -36,7 +40,7 @@ class Group:
     rank: int
     size: int
     job: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     deadline: float
     credentials: Credentials | None = None
 
@@ -59,10 +63,14 @@ class Group:
         return self.credentials.wrap(sock, theirs, deadline, server=server)
 
     def check(self, theirs: Identity) -> int:
-        """Return the proven peer's rank, or raise `HandshakeError` where it belongs to another group."""
+        """Return the proven peer's rank, or raise `HandshakeError` where it belongs to another group.
+
+        `StrayError` where nothing but the group differs.
+        """
         for name, ours in (("version", __version__), ("size", self.size), ("job", self.job)):
             if theirs.get(name) != ours:
-                raise HandshakeError(
+                kind = StrayError if name == "job" else HandshakeError
+                raise kind(
                     f"Expected a peer of {name} {ours!r}. Received: rank {theirs.get('rank')!r} "
                     f"with {name} {theirs.get(name)!r}. All ranks must be started alike."
                 )
@@ -125,7 +133,7 @@ class Doorman:
         TransportTimeoutError
             The group's deadline has passed.
         HandshakeError
-            A peer has proven that it holds the secret, and belongs elsewhere.
+            A peer has proven that it holds the secret, and was started otherwise: with another size, say.
         """
         group = self._group
         left = group.deadline - time.monotonic()
@@ -188,8 +196,9 @@ class Doorman:
                 raise HandshakeError(f"Expected a connection for rank {group.rank}. Received: {theirs!r}.")
             ready = self._secure(sock, theirs, deadline)
         except HandshakeError as exc:
-            if hung_up(exc) or too_slow(exc):
-                # It calls again where it is still there, as after a pause of the machine.
+            if isinstance(exc, StrayError) or hung_up(exc) or too_slow(exc):
+                # A stray is not one of those that are waited for; another calls again where it is still there, as after
+                # a pause of the machine.
                 self._refused = f"{address[0]}:{address[1]}: {exc}"
                 self._finish(sock, None)
             else:

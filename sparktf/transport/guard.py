@@ -178,10 +178,11 @@ class GuardedCommunicator(Communicator):
 
     def _explain_silence(self, exc: Silent) -> _Failure:
         answers = self._watch.answers()
-        dead = sorted(set(range(self.size)) - {self.rank} - set(answers))
+        # Asked halfway through the timeout; who was asked just now, by another thread, may yet answer.
+        dead = sorted(self._watch.silent(self._timeout / 4))
         # Whoever we wait for may itself wait for the one that is really stuck.
         blame = exc.peer if exc.peer in dead or not dead else dead[0]
-        if blame in dead:
+        if blame in dead or blame not in answers:
             state = "it does not answer at all: its process is stopped, or its machine or network is gone"
         else:
             state = f"it is alive, and busy with {answers[blame]}"

@@ -87,6 +87,9 @@ class Link(ABC):
         """Begin to send, as `post` does, a piece that the peer will `fill` into the same stretch of its own array."""
         self.post(view)
 
+    def set_timeout(self, seconds: float) -> None:  # noqa: B027
+        """Wait for so many seconds from now on; called while nobody uses the link. What is closed stays as it is."""
+
     @abstractmethod
     def shutdown(self) -> None:
         """Make every call, pending and later, raise `Gone`; called by any thread, perhaps more than once."""

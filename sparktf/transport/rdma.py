@@ -12,7 +12,8 @@ from sparktf.transport.collectives import CollectiveCommunicator
 from sparktf.transport.contract import Array
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
 from sparktf.transport.rdma_adapter import Adapter
-from sparktf.transport.rdma_fabric import FAR_SLOT_BYTES, Fabric
+from sparktf.transport.rdma_device import check_locked_memory
+from sparktf.transport.rdma_fabric import FAR_SLOT_BYTES, Fabric, link_bytes
 from sparktf.transport.settings import Settings
 
 
@@ -35,6 +36,8 @@ def preflight(settings: Settings) -> str:
     """Return what this machine lacks for RDMA, and how to get it; empty where nothing is missing."""
     try:
         Adapter(settings).close()
+        # Links to more than one peer take more, which they say once it is known how many.
+        check_locked_memory(link_bytes(CollectiveCommunicator.chunk_bytes), settings.later_bytes)
     except TransportError as exc:
         return str(exc)
     return ""
@@ -71,7 +74,9 @@ class RdmaCommunicator(CollectiveCommunicator):
         self.stats.registrations += self._fabric.registrations
         for sock in (*mesh.data.values(), *mesh.back.values()):
             sock.close()
-        self._begin(self._fabric.links, mesh.control)
+        self._begin(self._fabric.links, mesh.control, mesh.left)
+        for peer in mesh.left:
+            self._on_left(peer)
 
     def _drain(self) -> None:
         self._fabric.drain()

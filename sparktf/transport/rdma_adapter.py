@@ -88,9 +88,9 @@ class Adapter:
 
     def __init__(self, settings: Settings) -> None:
         self.verbs = load_verbs()
-        with _OPENING:
+        with _OPENING, refusals("opening an RDMA device"):
             self.context, self.name, self.port = open_device(self.verbs, settings)
-        with refusals(self.verbs, f"opening {self.name}"):
+        with refusals(f"opening {self.name}"):
             self.domain = self.verbs.pd.PD(self.context)
         self._registrations: list[Any] = []
         e = self.verbs.e
@@ -121,7 +121,7 @@ class Adapter:
         address, nbytes = address_of(array), array.nbytes
         e = self.verbs.e
         access = e.IBV_ACCESS_LOCAL_WRITE | (e.IBV_ACCESS_REMOTE_WRITE if remote else 0)
-        with refusals(self.verbs, f"registering {nbytes} bytes with {self.name}", locked_memory_limit()):
+        with refusals(f"registering {nbytes} bytes with {self.name}", locked_memory_limit()):
             registration = self.verbs.mr.MR(self.domain, nbytes, access, address)
         self._registrations.append(registration)
         return Region(array, address, registration)
@@ -149,12 +149,13 @@ def open_channel(adapter: Adapter) -> tuple[Any, int]:
     Raises
     ------
     TransportError
-        The descriptor could not be told from others.
+        The device refuses, or the descriptor could not be told from others.
     """
     for _ in range(_TRIES):
         with _OPENING:
             before = _event_descriptors()
-            channel = adapter.verbs.cq.CompChannel(adapter.context)
+            with refusals(f"making a completion channel on {adapter.name}"):
+                channel = adapter.verbs.cq.CompChannel(adapter.context)
             descriptors = {channel.fd} if hasattr(channel, "fd") else _event_descriptors() - before
         if len(descriptors) == 1:
             (descriptor,) = descriptors

@@ -7,6 +7,7 @@ they are the distribution's business and are imported only when RDMA is asked fo
 from __future__ import annotations
 
 import logging
+import math
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sparktf.errors import ProtocolError, TransportError
+from sparktf.errors import ProtocolError, SparktfError, TransportError
 from sparktf.transport.settings import Settings
 
 _INSTALL = (
@@ -51,9 +52,12 @@ def load_verbs() -> SimpleNamespace:
         except ImportError:
             # Renamed in rdma-core 56.
             from pyverbs import libibverbs_enums as enums
+        e = constants(enums)
     except ModuleNotFoundError as exc:
         raise ProtocolError(f"pyverbs is not installed. Protocol 'rdma' needs it: {exc}. {_INSTALL}") from exc
-    except ImportError as exc:
+    except Exception as exc:
+        # Not ImportError alone: a module that was compiled against another one raises ValueError or AttributeError,
+        # and must not end a job of "auto", which never asked for it.
         raise ProtocolError(
             f"protocol 'rdma' needs pyverbs, which is installed but does not fit this Python or libibverbs ({exc}). "
             f"{_INSTALL}"
@@ -62,7 +66,6 @@ def load_verbs() -> SimpleNamespace:
         # Importing pyverbs calls logging.basicConfig, which would print every log line of the program.
         for handler in set(root.handlers) - set(before):
             root.removeHandler(handler)
-    e = constants(enums)
     return SimpleNamespace(addr=addr, cq=cq, device=device, mr=mr, pd=pd, qp=qp, wr=wr, e=e, Error=PyverbsError)
 
 
@@ -80,11 +83,16 @@ def constants(module: Any) -> SimpleNamespace:
 
 
 @contextmanager
-def refusals(verbs: SimpleNamespace, doing: str, advice: str = "") -> Iterator[None]:
-    """Turn what pyverbs raises into our own error, which says what was being done."""
+def refusals(doing: str, advice: str = "") -> Iterator[None]:
+    """Turn what pyverbs raises into our own error, which says what was being done.
+
+    Whatever it raises: a pyverbs that does not fit its machine fails in ways of its own.
+    """
     try:
         yield
-    except verbs.Error as exc:
+    except SparktfError:
+        raise
+    except Exception as exc:
         raise TransportError(f"{doing} failed: {exc}. {advice}".rstrip()) from exc
 
 
@@ -116,13 +124,22 @@ class Port:
     longest_request: int
 
 
-def check_locked_memory(needed: int) -> None:
-    """Raise `ProtocolError` where the process may not lock as much memory as the links to all peers take."""
+def check_locked_memory(links: int, arrays: int = 0) -> None:
+    """Raise `ProtocolError` where the process may not lock as much memory as is needed.
+
+    Parameters
+    ----------
+    links : int
+        Bytes for the links to all peers.
+    arrays : int
+        Bytes of arrays, as far as they are known.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft != resource.RLIM_INFINITY and needed > soft and not _may_lock_any():
+    if soft != resource.RLIM_INFINITY and links + arrays > soft and not _may_lock_any():
+        more = f"and {math.ceil(arrays / 2**20)} MiB for gradients" if arrays else "and more for arrays allocated by it"
         raise ProtocolError(
-            f"protocol 'rdma' needs {needed / 2**20:.0f} MiB of locked memory for its links, and more for arrays "
-            f"allocated by it. {locked_memory_limit()}"
+            f"protocol 'rdma' needs {links / 2**20:.0f} MiB of locked memory for its links, {more}. "
+            f"{locked_memory_limit()}"
         )
 
 
@@ -157,12 +174,12 @@ def open_device(verbs: SimpleNamespace, settings: Settings) -> tuple[Any, str, P
         try:
             # A container may see the host's devices and not be allowed to open them.
             context = verbs.device.Context(name=name)
-        except verbs.Error as exc:
+        except Exception as exc:
             refused.append(f"{name} cannot be opened: {exc}")
             continue
         try:
             return context, name, _port(verbs, context, settings)
-        except (ProtocolError, verbs.Error) as exc:
+        except Exception as exc:
             refused.append(f"{name}: {exc}")
             context.close()
     raise ProtocolError(f"protocol 'rdma' needs an active port of an RDMA device. Received: {'; '.join(refused)}.")

@@ -11,7 +11,7 @@ from sparktf.errors import HandshakeError, ProtocolError, TransportError
 from sparktf.transport.contract import Array
 from sparktf.transport.mesh import Mesh
 from sparktf.transport.rdma_adapter import Adapter, Region
-from sparktf.transport.rdma_device import check_locked_memory
+from sparktf.transport.rdma_device import check_locked_memory, refusals
 from sparktf.transport.rdma_inbox import SLOTS
 from sparktf.transport.rdma_link import RdmaLink
 from sparktf.transport.rdma_queue import Card, Completions
@@ -119,7 +119,7 @@ class Fabric:
         self, slots: Mapping[int, int], settings: Settings, resources: ExitStack, undo: ExitStack
     ) -> dict[int, dict[str, Any]]:
         """Make a link to every peer; return what each of them must know of its own."""
-        check_locked_memory(2 * SLOTS * sum(slots.values()))
+        check_locked_memory(sum(map(link_bytes, slots.values())), settings.later_bytes)
         self._adapter = Adapter(settings)
         resources.callback(self._adapter.close)
         longest = max(slots.values(), default=0)
@@ -150,6 +150,11 @@ class Fabric:
         return {}
 
 
+def link_bytes(slot_bytes: int) -> int:
+    """Return how much memory a link locks: slots to receive into, and slots to send from."""
+    return 2 * SLOTS * slot_bytes
+
+
 def _together(
     mesh: Mesh, rank: int, deadline: float, step: Callable[[], Mapping[int, dict[str, Any]]]
 ) -> dict[int, dict[str, Any]]:
@@ -167,7 +172,8 @@ def _together(
     """
     nothing: dict[str, Any] = {}
     try:
-        facts = {**dict.fromkeys(mesh.data, nothing), **step()}
+        with refusals("setting up RDMA"):
+            facts = {**dict.fromkeys(mesh.data, nothing), **step()}
     except TransportError as exc:
         nothing = {"trouble": str(exc)}
         facts = dict.fromkeys(mesh.data, nothing)

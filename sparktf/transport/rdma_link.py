@@ -208,6 +208,10 @@ class RdmaLink(Link):
         self._cut(PLACED, b"", view, self._source(view), (address + offset, rkey))
         self._pump()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Wait for so many seconds from now on; see `Link`."""
+        self._timeout = seconds
+
     def shutdown(self) -> None:
         """Make every call raise `Gone`; see `Link`."""
         self._broken = self._broken or "the link was shut down"

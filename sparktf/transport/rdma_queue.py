@@ -89,7 +89,7 @@ class Completions:
     def __init__(self, adapter: Adapter, entries: int) -> None:
         self._owners: dict[int, Callable[[Any], None]] = {}
         self._channel, descriptor = open_channel(adapter)
-        with refusals(adapter.verbs, f"making a queue of {entries} completions"):
+        with refusals(f"making a queue of {entries} completions"):
             self.queue = adapter.verbs.cq.CQ(adapter.context, entries, None, self._channel, 0)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Closed under whoever wakes, the eventfd's number could be another file's by then.
@@ -177,7 +177,7 @@ class QueuePair:
         attributes = verbs.qp.QPInitAttr(qp_type=e.IBV_QPT_RC, scq=queue, rcq=queue, cap=capacity, sq_sig_all=0)
         initial = verbs.qp.QPAttr(port_num=adapter.port.number)
         initial.qp_access_flags = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
-        with refusals(verbs, f"making a queue pair on {adapter.name}"):
+        with refusals(f"making a queue pair on {adapter.name}"):
             self._pair = verbs.qp.QP(adapter.domain, attributes)
             self._pair.to_init(initial)
         self.number: int = self._pair.qp_num
@@ -207,7 +207,7 @@ class QueuePair:
         attributes.max_dest_rd_atomic, attributes.min_rnr_timer = _READS, _NOT_READY_TIMER
         attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = _TIMEOUT, _RETRIES, _NOT_READY_RETRIES
         attributes.sq_psn, attributes.max_rd_atomic = self.psn, _READS
-        with refusals(verbs, f"leading a queue pair to {card.gid}, from {port.gid} (SPARKTF_RDMA_GID_INDEX chooses)"):
+        with refusals(f"leading a queue pair to {card.gid}, from {port.gid} (SPARKTF_RDMA_GID_INDEX chooses)"):
             route = verbs.addr.GlobalRoute(dgid=verbs.addr.GID(card.gid), sgid_index=port.gid_index, hop_limit=64)
             attributes.ah_attr = verbs.addr.AHAttr(port_num=port.number, is_global=1, gr=route, dlid=card.lid)
             self._pair.to_rts(attributes)
@@ -279,7 +279,10 @@ class QueuePair:
 
     def receive(self) -> None:
         """Be ready for one more immediate."""
-        self._pair.post_recv(self._receive)
+        try:
+            self._pair.post_recv(self._receive)
+        except self._error as exc:
+            raise TransportError(f"The device refuses a receive request: {exc}.") from exc
 
     def close(self) -> None:
         """Destroy the queue pair and its requests."""

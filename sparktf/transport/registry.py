@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 from sparktf.errors import HandshakeError, ParamError, ProtocolError
 from sparktf.transport.contract import Communicator
@@ -154,11 +154,18 @@ def connect(
             settings=settings,
         )
     communicator.timeout = timeout
-    communicator.another = functools.partial(
-        connect, protocol, secret=secret, timeout=timeout, host=host, settings=settings
-    )
+    communicator.another = _connect_as(protocol, secret=secret, timeout=timeout, host=host, settings=settings)
     if protocol == "auto":
         _LOG.info("protocol 'auto' is %r: %s", communicator.protocol, communicator.reason)
     else:
         communicator.reason = communicator.reason or f"protocol={protocol!r} was asked for"
     return communicator
+
+
+def _connect_as(protocol: str, **kept: Any) -> Callable[..., Communicator]:
+    """Return `connect` with some arguments; unlike a partial, it does not tell the secret to whoever prints it."""
+
+    def another(**given: Any) -> Communicator:
+        return connect(protocol, **{**kept, **given})
+
+    return another

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import secrets
+import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +17,13 @@ import numpy as np
 from sparktf.errors import TransportError
 from sparktf.transport.contract import Array
 
+_LOG = logging.getLogger("sparktf.transport")
+
 _MEMORY = Path("/dev/shm")
+_ADVICE = (
+    "Give the container a larger /dev/shm (docker: --shm-size; Kubernetes: an emptyDir of medium Memory mounted "
+    "there), or use protocol='tcp'"
+)
 # Longest path that is told to peers.
 PATH_BYTES = 256
 
@@ -41,7 +50,7 @@ class Segment:
         """Make a zeroed file of 0600 with a random name; the caller unlinks it once its peers have it.
 
         In ``/dev/shm`` where that has room for it (in containers it is often small), else in the directory for
-        temporary files.
+        temporary files, with a warning in the log: what is shared then goes through a disk's cache, and to the disk.
 
         Raises
         ------
@@ -60,7 +69,10 @@ class Segment:
             try:
                 # Reserved, not only sized: a page that finds no room later would kill the process (SIGBUS).
                 os.posix_fallocate(descriptor, 0, nbytes)
-                return cls(path, descriptor, nbytes)
+                segment = cls(path, descriptor, nbytes)
+                if refusals:
+                    _warn(nbytes, directory, refusals[0])
+                return segment
             except BaseException as exc:
                 os.unlink(path)
                 if not isinstance(exc, OSError):
@@ -69,8 +81,8 @@ class Segment:
             finally:
                 os.close(descriptor)
         raise TransportError(
-            f"Expected room for {nbytes} bytes of memory to share. Received: {'; '.join(refusals)}. Give the container "
-            "a larger /dev/shm (docker: --shm-size), point TMPDIR to a directory with room, or use protocol='tcp'."
+            f"Expected room for {nbytes} bytes of memory to share. Received: {'; '.join(refusals)}. {_ADVICE}, or "
+            "point TMPDIR to a directory with room."
         )
 
     @classmethod
@@ -103,6 +115,28 @@ class Segment:
         """Take away the name, so that nothing is left whatever happens; whoever attached last does it as well."""
         with suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+def on_disk(segments: Iterable[Segment]) -> str:
+    """Return words for the end of a communicator's reason where memory is a disk's; none where it is memory."""
+    directories = sorted({str(Path(segment.path).parent) for segment in segments if not segment.in_memory})
+    if not directories:
+        return ""
+    return f"; what ranks share lies in files of {', '.join(directories)}, for {_MEMORY} has too little room"
+
+
+def _warn(nbytes: int, directory: Path, refusal: str) -> None:
+    free = "none"
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(_MEMORY).free / 2**20:.0f} MiB"
+    _LOG.warning(
+        "%.1f MiB of shared memory lie in a file of %s, which can be many times slower: %s, of which %s is free. %s.",
+        nbytes / 2**20,
+        directory,
+        refusal,
+        free,
+        _ADVICE,
+    )
 
 
 def pack_path(path: str) -> bytes:

@@ -27,6 +27,9 @@ class Settings:
         The device's port, counted from 1.
     rdma_gid_index : int or None
         The entry of the port's GID table; None: a RoCE v2 one where there is one.
+    later_bytes : int
+        What will be asked of `Communicator.allocate` later, as far as it is known. RDMA locks such memory, and whether
+        it may is checked before anything begins.
     """
 
     tls: bool = False
@@ -34,6 +37,7 @@ class Settings:
     rdma_device: str | None = None
     rdma_port: int = 1
     rdma_gid_index: int | None = None
+    later_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.rdma_device == "":

@@ -17,7 +17,7 @@ from sparktf.transport.link import Link
 from sparktf.transport.mesh import Exchange, Mesh, connect_mesh
 from sparktf.transport.rdma_fabric import FAR_SLOT_BYTES, Fabric
 from sparktf.transport.reduction import chunk_bounds, finish, op_code
-from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_path
+from sparktf.transport.segment import PATH_BYTES, Segment, on_disk, pack_path, unpack_path
 from sparktf.transport.settings import Settings
 from sparktf.transport.shared import STAGING_BYTES, Job, SharedGroup
 from sparktf.transport.shm_link import ShmLink
@@ -54,7 +54,9 @@ def connect(
                 f"{hosts.groups} that share no memory{f' ({hosts.trouble})' if hosts.trouble else ''}. Use "
                 "protocol='auto', which goes through memory within machines and through sockets between them."
             )
-        return ShmCommunicator(rank, size, mesh, timeout, hosts)
+        communicator = ShmCommunicator(rank, size, mesh, timeout, hosts)
+        communicator.reason = f"protocol='shm' was asked for{on_disk(hosts.staging.values())}"
+        return communicator
 
 
 def survey_hosts(mesh: Mesh, rank: int, settings: Settings, timeout: float) -> Hosts:
@@ -111,7 +113,9 @@ class ShmCommunicator(CollectiveCommunicator):
             self._across = ring.Ring(left, right, number, self._machines, self.chunk_bytes, self.stats)
         if self._machines > 1:
             self.protocol = "shm+rdma" if self._fabric else "shm+tcp"
-        self._begin(links, mesh.control)
+        self._begin(links, mesh.control, mesh.left)
+        for peer in mesh.left:
+            self._on_left(peer)
 
     def _make_fabric(self, mesh: Mesh, hosts: Hosts, settings: Settings) -> Fabric:
         """Connect with all ranks on other machines over RDMA."""
@@ -130,11 +134,12 @@ class ShmCommunicator(CollectiveCommunicator):
         links: dict[int, Link] = {}
         for peer, sock in mesh.data.items():
             if peer in members:
-                links[peer] = ShmLink(sock, mesh.back[peer], peer, self._timeout, self._ask, self._outbox)
+                back = mesh.back[peer]
+                links[peer] = ShmLink(sock, back, peer, self._timeout, self._ask, self._outbox, self.stats)
                 continue
             mesh.back[peer].close()
             if self._fabric is None:
-                links[peer] = Channel(sock, peer, self._timeout, self._ask, self._outbox)
+                links[peer] = Channel(sock, peer, self._timeout, self._ask, self._outbox, self.stats)
             else:
                 sock.close()
                 links[peer] = self._fabric.links[peer]
@@ -211,7 +216,7 @@ class ShmCommunicator(CollectiveCommunicator):
         own = Segment.create(nbytes)
         try:
             packed = memoryview(pack_path(own.path))
-            parts = {self.rank: own.array}
+            parts = {self.rank: own}
             members = [self._links[member] for member in self._local.members if member != self.rank]
             for link in members:
                 link.send(b"", packed)
@@ -222,14 +227,16 @@ class ShmCommunicator(CollectiveCommunicator):
             self._local.meet()
         finally:
             own.unlink()
-        self._local.add_region([parts[member] for member in self._local.members])
+        self._local.add_region([parts[member].array for member in self._local.members])
+        slow = on_disk(parts.values())
+        self.reason += "" if slow in self.reason else slow
         # Pages of a disk's file cannot be pinned: what is sent of them goes through the links' slots.
         if self._fabric is not None and own.in_memory:
             self._fabric.register(own.array)
         return own.array[:nbytes]
 
-    def _attach(self, path: str, nbytes: int, peer: int) -> Array:
+    def _attach(self, path: str, nbytes: int, peer: int) -> Segment:
         try:
-            return Segment.attach(path, nbytes).array
+            return Segment.attach(path, nbytes)
         except OSError as exc:
             raise TransportError(f"Expected to open rank {peer}'s shared memory: {exc}") from exc

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparktf.errors import TransportError
 from sparktf.transport.channel import Channel, Outbox
-from sparktf.transport.contract import Array
+from sparktf.transport.contract import Array, Stats
 from sparktf.transport.link import Gone
 from sparktf.transport.segment import PATH_BYTES, Segment, pack_path, unpack_path
 
@@ -31,7 +31,7 @@ class ShmLink(Channel):
 
     Parameters
     ----------
-    sock, peer, timeout, on_quiet, outbox
+    sock, peer, timeout, on_quiet, outbox, stats
         As for `Channel`.
     back : socket
         A second connection to the same peer; belongs to the link from now on.
@@ -45,9 +45,10 @@ class ShmLink(Channel):
         timeout: float,
         on_quiet: Callable[[], None],
         outbox: Outbox,
+        stats: Stats,
     ) -> None:
-        super().__init__(sock, peer, timeout, on_quiet, outbox)
-        self._back = Channel(back, peer, timeout, on_quiet, outbox)
+        super().__init__(sock, peer, timeout, on_quiet, outbox, stats)
+        self._back = Channel(back, peer, timeout, on_quiet, outbox, stats)
         self._sending: Segment | None = None
         self._receiving: Segment | None = None
         self._sent = self._received = 0
@@ -61,6 +62,7 @@ class ShmLink(Channel):
         super().send(header, _NOTHING)
         if self._sending is None:
             self._sending = Segment.create(_SLOTS * _SLOT_BYTES)
+            self._stats.registrations += 1
             super().send(pack_path(self._sending.path), _NOTHING)
             # The file must keep its name until the receiver has opened it, even if this rank closes at once.
             self._back.fill(self._credit)
@@ -88,6 +90,11 @@ class ShmLink(Channel):
             self._received += 1
             self._give_back()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Wait for so many seconds from now on; see `Link`."""
+        super().set_timeout(seconds)
+        self._back.set_timeout(seconds)
+
     def shutdown(self) -> None:
         """End both connections; see `Link`."""
         super().shutdown()
@@ -113,6 +120,7 @@ class ShmLink(Channel):
         except OSError as exc:
             raise TransportError(f"Expected to open rank {self.peer}'s shared memory: {exc}") from exc
         segment.unlink()
+        self._stats.registrations += 1
         self._give_back()
         return segment
 

@@ -14,8 +14,8 @@ from sparktf.transport.watch import ControlSocket
 
 # Up to here a thread costs more than it overlaps, and the kernel's smallest buffers hold it.
 INLINE_BYTES = 64 * 1024
-# Longer than what links with registered slots use: a twentieth less CPU time than half of it.
-CHUNK_BYTES = 1024 * 1024
+# Longer than what links with registered slots use: at 64 MiB a tenth faster than with half of it, or twice.
+CHUNK_BYTES = 2 * 1024 * 1024
 
 
 def connect(
@@ -61,7 +61,9 @@ class TcpCommunicator(CollectiveCommunicator):
     def _make_links(self, mesh: Mesh, timeout: float) -> dict[int, Link]:
         for sock in mesh.back.values():
             sock.close()
-        return {peer: Channel(sock, peer, timeout, self._ask, self._outbox) for peer, sock in mesh.data.items()}
+        return {
+            peer: Channel(sock, peer, timeout, self._ask, self._outbox, self.stats) for peer, sock in mesh.data.items()
+        }
 
     def _make_controls(self, mesh: Mesh) -> Mapping[int, ControlSocket]:
         return mesh.control
@@ -79,7 +81,7 @@ class TlsCommunicator(TcpCommunicator):
         for peer in mesh.data:
             # Of any two ranks, one sends by the first connection and the other by the second.
             pair = (mesh.data[peer], mesh.back[peer]) if self.rank < peer else (mesh.back[peer], mesh.data[peer])
-            links[peer] = TlsChannel(*pair, peer, timeout, self._ask, self._outbox)
+            links[peer] = TlsChannel(*pair, peer, timeout, self._ask, self._outbox, self.stats)
         return links
 
     def _make_controls(self, mesh: Mesh) -> Mapping[int, ControlSocket]:

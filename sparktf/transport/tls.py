@@ -19,6 +19,7 @@ from socket import IPPROTO_TCP, MSG_DONTWAIT, SHUT_RDWR, TCP_NODELAY, socket
 
 from sparktf.errors import HandshakeError, ProtocolError
 from sparktf.transport.channel import WAITS, Channel, Outbox
+from sparktf.transport.contract import Stats
 from sparktf.transport.handshake import Identity
 
 # Clocks of machines differ, and a certificate is used only while its group connects.
@@ -132,7 +133,7 @@ class TlsChannel(Channel):
     ----------
     outgoing, incoming : socket
         To the same peer, where they are the incoming and the outgoing one; both belong to the channel from now on.
-    peer, timeout, on_quiet, outbox
+    peer, timeout, on_quiet, outbox, stats
         As for `Channel`.
     """
 
@@ -144,8 +145,9 @@ class TlsChannel(Channel):
         timeout: float,
         on_quiet: Callable[[], None],
         outbox: Outbox,
+        stats: Stats,
     ) -> None:
-        super().__init__(incoming, peer, timeout, on_quiet, outbox)
+        super().__init__(incoming, peer, timeout, on_quiet, outbox, stats)
         self._incoming, self._outgoing = incoming, outgoing
         self._prepare(outgoing, timeout / WAITS)
 
@@ -167,6 +169,12 @@ class TlsChannel(Channel):
             return self._incoming.recv_into(view)
         except TimeoutError as exc:
             raise BlockingIOError from exc
+
+    def set_timeout(self, seconds: float) -> None:
+        """Wait for so many seconds from now on; see `Link`."""
+        super().set_timeout(seconds)
+        with suppress(OSError):
+            self._prepare(self._outgoing, seconds / WAITS)
 
     def shutdown(self) -> None:
         """End both connections; see `Link`."""

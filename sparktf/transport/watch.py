@@ -102,6 +102,8 @@ class Watch:
         self._on_tick = on_tick
         self._news = threading.Condition()
         self._answers: dict[int, str] = {}
+        # By peer: since when it owes an answer.
+        self._asked: dict[int, float] = {}
         self._left = set(left)
         self._send_lock = threading.Lock()
         self._waker, self._wakee = socket.socketpair()
@@ -123,15 +125,23 @@ class Watch:
         self._tell(pack_frame(_BYE, b""))
 
     def ask(self) -> None:
-        """Ask every peer whether it is alive; `answers` holds what has come back since."""
+        """Ask every peer whether it is alive, and what it is doing; several threads may wait for peers and ask."""
+        now = time.monotonic()
         with self._news:
-            self._answers.clear()
+            for peer in self._controls.keys() - self._left:
+                self._asked.setdefault(peer, now)
         self._tell(pack_frame(_PING, b""))
 
     def answers(self) -> dict[int, str]:
-        """Return what each peer that has answered since `ask` is doing."""
+        """Return what each peer was doing when it answered last."""
         with self._news:
             return dict(self._answers)
+
+    def silent(self, seconds: float) -> set[int]:
+        """Return the peers that have owed an answer for so many seconds."""
+        before = time.monotonic() - seconds
+        with self._news:
+            return {peer for peer, since in self._asked.items() if since <= before and peer not in self._left}
 
     def left(self, peer: int) -> bool:
         """Return whether a peer has said goodbye."""
@@ -209,6 +219,7 @@ class Watch:
         elif kind == _PONG:
             with self._news:
                 self._answers[peer] = payload.decode(errors="replace")
+                self._asked.pop(peer, None)
 
     def _ended(self, peer: int, why: str) -> None:
         if not self.left(peer):

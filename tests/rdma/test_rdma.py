@@ -22,8 +22,9 @@ from sparktf.transport.testing import TransportConformance, results_of_threads, 
 
 KIB, MIB = 1024, 1024 * 1024
 NOBODY = 65534
+# A machine with a card of its own has no such devices; one that should be ours and lacks them is broken.
 IN_OUR_MACHINE = pytest.mark.skipif(
-    not Path("/sys/class/infiniband/rxe2").exists(), reason="only the virtual machine has such a device"
+    not Path("/run/vm/started").exists(), reason="only the virtual machine has such a device"
 )
 
 
@@ -221,6 +222,23 @@ def test_too_little_memory_to_lock_sends_auto_another_way(monkeypatch):
     protocol, reason = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=apart)[1]
     assert protocol == "tcp"
     assert "MiB of locked memory" in reason
+
+
+def test_too_little_memory_to_lock_for_gradients_sends_auto_another_way_before_they_are_there(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32 * MIB, 32 * MIB))
+    monkeypatch.setattr(rdma_device, "_may_lock_any", lambda: False)
+    for later, protocol, said in [(8 * MIB, "rdma", ""), (64 * MIB, "tcp", "and 64 MiB for gradients")]:
+        apart = [Settings(host_id=name, later_bytes=later) for name in "ab"]
+        outcomes = run_threads("auto", 2, lambda comm: (comm.protocol, comm.reason), settings=apart)
+        assert [outcome[0] for outcome in outcomes] == [protocol] * 2
+        assert said in outcomes[1][1]
+
+
+def test_a_device_that_takes_smaller_work_requests_than_ours_is_an_error_on_every_rank(monkeypatch):
+    monkeypatch.setattr(rdma_device, "_LONGEST_REQUEST", 4096)
+    for outcome in run_threads("rdma", 2, lambda comm: None):
+        assert isinstance(outcome, ProtocolError)
+        assert "max_msg_sz 4096" in str(outcome)
 
 
 @IN_OUR_MACHINE

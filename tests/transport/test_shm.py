@@ -1,18 +1,24 @@
+import errno
 import gc
+import logging
 import os
+import re
 import signal
 import stat
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from counting import made_by_three
 
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf import transport  # noqa: E402
 from sparktf.errors import ProtocolError, TransportError  # noqa: E402
 from sparktf.transport.segment import Segment  # noqa: E402
+from sparktf.transport.shared import STAGING_BYTES  # noqa: E402
 from sparktf.transport.testing import TransportConformance, processes, results_of_threads, run_threads  # noqa: E402
 
 
@@ -77,6 +83,11 @@ def test_no_name_is_left_while_ranks_still_work(made):
     assert len(made) == 9
 
 
+def test_memory_of_single_links_is_counted():
+    # To send through and to receive through.
+    assert made_by_three("shm", lambda comm: comm.all_gather(np.ones(300_000))) == [[2] * 3] * 2
+
+
 def test_a_closed_communicator_holds_no_memory_though_it_is_kept():
     kept = []
 
@@ -133,6 +144,51 @@ def test_memory_that_finds_no_room_is_an_error_that_says_what_to_do(made):
     assert all(isinstance(outcome, TransportError) for outcome in outcomes)
     assert made
     assert not those_left(made)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Return a function that leaves room in /dev/shm for no file longer than so many bytes."""
+    reserve = os.posix_fallocate
+
+    def leave(room):
+        def refuse(descriptor, offset, nbytes):
+            if nbytes > room and os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/shm/"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            reserve(descriptor, offset, nbytes)
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+
+    return leave
+
+
+@pytest.mark.parametrize("protocol", ["shm", "auto"])
+def test_memory_that_is_a_disks_is_warned_of_with_the_way_out(protocol, little_memory, caplog):
+    little_memory(1_000_000)
+
+    def main(comm):
+        comm.allocate(1_000_000, np.float32)
+        return comm.protocol, comm.reason
+
+    for used, reason in results_of_threads(protocol, 2, main):
+        assert used == "shm"
+        assert reason.count(f"; what ranks share lies in files of {tempfile.gettempdir()}, for /dev/shm") == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    words = r"3.8 MiB of shared memory.*/dev/shm: No space.*, of which \d+ MiB is free.*--shm-size.*'tcp'"
+    assert any(re.match(words, said) for said in warnings)
+
+
+def test_the_reason_tells_of_an_allocation_that_found_no_room(little_memory):
+    little_memory(STAGING_BYTES)
+
+    def main(comm):
+        before = comm.reason
+        comm.allocate(STAGING_BYTES + 1, np.uint8)
+        return before, comm.reason
+
+    for before, after in results_of_threads("shm", 2, main):
+        assert before == "protocol='shm' was asked for"
+        assert after.startswith(f"{before}; what ranks share lies in files of ")
 
 
 def test_containers_of_one_machine_that_cannot_open_each_others_files_use_sockets(made, monkeypatch):

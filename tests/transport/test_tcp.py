@@ -5,16 +5,19 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from counting import made_by_three
 
 pytest.register_assert_rewrite("sparktf.transport.testing")
 
 from sparktf import transport  # noqa: E402
 from sparktf.errors import HandshakeError, PeerLostError, TransportError, TransportTimeoutError  # noqa: E402
 from sparktf.transport import Settings, doorman, guard, mesh  # noqa: E402
+from sparktf.transport.dial import reach  # noqa: E402
 from sparktf.transport.doorman import Group  # noqa: E402
 from sparktf.transport.testing import (  # noqa: E402
     SECRET,
@@ -285,6 +288,38 @@ def test_ranks_meet_on_an_address_of_ipv6(host):
     assert outcomes == [[2.0] * 3] * 2
 
 
+def test_a_stray_of_an_earlier_attempt_does_not_end_a_healthy_connect():
+    meeting = MemoryExchange(2)
+    refused = []
+
+    def disturbed(rank):
+        def exchange(entry):
+            entries = meeting.of(rank)(entry)
+            if rank == 1:
+                card = json.loads(entries[0])
+                earlier = Group(1, 2, "an earlier attempt's", SECRET, time.monotonic() + 5)
+                # Before rank 1 itself comes.
+                with pytest.raises(HandshakeError, match="job") as caught:
+                    reach((card["host"], card["port"]), earlier, "data", 0)
+                refused.append(str(caught.value))
+                time.sleep(0.3)
+            return entries
+
+        return exchange
+
+    assert pair(disturbed) == [[2.0] * 3] * 2
+    assert "an earlier attempt's" in refused[0]
+
+
+def test_a_rank_that_only_a_stray_has_called_says_so_at_the_timeout():
+    group = Group(0, 2, "this attempt's", SECRET, time.monotonic() + 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, doorman.Doorman(listener, group) as waiting:
+        with pytest.raises(HandshakeError):
+            reach(listener.getsockname(), replace(group, rank=1, job="an earlier attempt's"), "data", 0)
+        with pytest.raises(TransportTimeoutError, match=r"Last refused: .*with job .an earlier attempt's"):
+            waiting.next({1}, 10.0)
+
+
 def test_two_groups_with_the_same_secret_do_not_mix():
     outcomes = [None, None]
 
@@ -310,6 +345,12 @@ def test_bytes_are_counted_as_the_ring_promises():
         assert stats.bytes_sent == stats.bytes_received == 2 * 3 * length
         assert stats.operations == 1
         assert stats.seconds > 0
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_a_connection_receives_into_is_counted(tls):
+    made = made_by_three("tcp", lambda comm: comm.all_reduce(np.ones(300_000)), settings=[Settings(tls=tls)] * 2)
+    assert made == [[1] * 3] * 2
 
 
 def test_an_operation_that_moves_without_end_is_ended_and_names_the_rank_that_drips(monkeypatch):

@@ -2,8 +2,12 @@ import logging
 
 import pytest
 
-from sparktf import transport
-from sparktf.errors import HandshakeError, ParamError, ProtocolError
+pytest.register_assert_rewrite("sparktf.transport.testing")
+
+from sparktf import transport  # noqa: E402
+from sparktf.errors import HandshakeError, ParamError, ProtocolError  # noqa: E402
+from sparktf.transport.doorman import Group  # noqa: E402
+from sparktf.transport.testing import SECRET, results_of_threads  # noqa: E402
 
 
 def connect(protocol="tcp", **changes):
@@ -62,3 +66,13 @@ def test_an_argument_that_cannot_work_is_refused(changes):
 def test_an_exchange_of_another_world_is_refused():
     with pytest.raises(HandshakeError, match="Received: 2"):
         connect(exchange=lambda entry: [entry, entry])
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "shm"])
+def test_nothing_that_could_be_logged_shows_the_secret(protocol):
+    def main(comm):
+        return repr(comm) + repr(vars(comm)) + repr(comm.another)
+
+    group = Group(0, 2, "a job", SECRET, deadline=0.0)
+    for shown in (*results_of_threads(protocol, 2, main), *results_of_threads(protocol, 1, main), repr(group)):
+        assert "secret of tests" not in shown

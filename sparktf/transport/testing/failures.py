@@ -25,6 +25,20 @@ def all_raised(outcomes: list[Any], kind: type[BaseException]) -> bool:
     return all(isinstance(outcome, kind) for outcome in outcomes)
 
 
+def _wait_alone(comm: Communicator, gone: threading.Event, words: str) -> float:
+    """Let rank 0 wait in a barrier to which rank 1 does not come; return the seconds until it says these words."""
+    if comm.rank == 1:
+        gone.wait(10 * SLOWNESS)
+        return 0.0
+    begin = time.monotonic()
+    try:
+        with pytest.raises(TransportTimeoutError, match=words):
+            comm.barrier()
+    finally:
+        gone.set()
+    return time.monotonic() - begin
+
+
 class Failures:
     """What happens when something goes wrong."""
 
@@ -145,19 +159,22 @@ class Failures:
         gone = threading.Event()
 
         def main(comm: Communicator) -> float:
-            if comm.rank == 1:
-                gone.wait(10 * SLOWNESS)
-                return 0.0
-            begin = time.monotonic()
-            try:
-                with pytest.raises(TransportTimeoutError, match=r"barrier \(operation 1\).*rank 1"):
-                    comm.barrier()
-            finally:
-                gone.set()
-            return time.monotonic() - begin
+            return _wait_alone(comm, gone, r"barrier \(operation 1\).*rank 1")
 
         waited, _ = run_threads(self.protocol, 2, main, timeout=1.0)
         assert 0.5 < waited < 2 * SLOWNESS
+
+    def test_a_timeout_that_is_set_later_counts(self) -> None:
+        gone = threading.Event()
+
+        def main(comm: Communicator) -> float:
+            comm.barrier()
+            if comm.rank == 0:
+                comm.timeout = 1.0 * SLOWNESS
+            return _wait_alone(comm, gone, r"barrier \(operation 2\).*rank 1: it is alive")
+
+        waited, _ = run_threads(self.protocol, 2, main, timeout=8.0)
+        assert 0.5 < waited < 3 * SLOWNESS
 
     def test_another_secret_is_refused(self) -> None:
         outcomes = run_threads(
