@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sparktf.distribute.pair import Part
 from sparktf.distribute.served import check_optimizer, splits
 from sparktf.distribute.shards import Array
 from sparktf.distribute.slots import Values, is_handle, served
+from sparktf.distribute.table_programs import served_tables, tables_told
 from sparktf.errors import ParamError
 
 
@@ -29,6 +31,7 @@ class _PushingMixin:
     # Where they are given: a step's rows, as a tensor, and whether this worker wants all to stop.
     _sparktf_rows: Callable[[], Any] | None
     _sparktf_stop: Callable[[], bool]
+    _sparktf_closing: ExitStack | None
     # The optimizer's own.
     built: bool
     global_clipnorm: float | None
@@ -39,9 +42,13 @@ class _PushingMixin:
 
     def build(self, variables: Sequence[Any]) -> None:
         import keras
+        import tensorflow as tf
 
         if not self.built and self._sparktf_rows is None:
-            _refuse_tables(variables)
+            if self._sparktf_closing is not None:
+                # Keras may build an optimizer while it traces the first step.
+                with tf.init_scope():
+                    self._sparktf_closing.enter_context(tables_told(variables, self, self._sparktf_client))
             start(self, variables)
         # Not the optimizer's own, which makes variables for its state: that lives on the servers.
         keras.optimizers.Optimizer.build(self, variables)
@@ -59,10 +66,10 @@ class _PushingMixin:
                 # A table's, which goes to servers in its own way.
                 variable.assign(given[id(variable)])
         gradients = [_dense(given.get(id(v)), v) for v in served(self._trainable_variables)]
-        if self.global_clipnorm is not None:
+        if self.global_clipnorm is not None and gradients:
             gradients, _ = tf.clip_by_global_norm(gradients, self.global_clipnorm)
         if self._sparktf_client.overlaps:
-            # The answer to the push before: it came while TensorFlow computed.
+            # The answer to a push before: it came while TensorFlow computed.
             self._pull(gradients)
             self._push(gradients)
         else:
@@ -82,12 +89,12 @@ class _PushingMixin:
             return np.array(0)
 
         # Weights that came before have been copied where the variables are read: now others may be received.
-        read = [tf.convert_to_tensor(variable.value) for variable in served(self._trainable_variables)]
+        read = [tf.convert_to_tensor(v.value) for v in (self._iterations, *served(self._trainable_variables))]
         with tf.control_dependencies(read):
             return tf.numpy_function(push, [told, rows, *gradients], tf.int64, stateful=True)
 
     def _pull(self, after: Sequence[Any]) -> None:
-        """Wait for weights, and assign them."""
+        """Take the newest weights that have come, and assign them."""
         import tensorflow as tf
 
         variables = served(self._trainable_variables)
@@ -117,6 +124,7 @@ def push_and_pull(
     client: ParameterClient,
     rows: Callable[[], Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    closing: ExitStack | None = None,
 ) -> Any:
     """Make an optimizer leave its updates to parameter servers, from the chief's weights on.
 
@@ -132,6 +140,9 @@ def push_and_pull(
         with `start`, and the optimizer may be built; else it begins by itself when Keras builds it.
     stop : callable
         Whether this worker wants all to stop.
+    closing : ExitStack, optional
+        Where an optimizer begins by itself: the tables of `ShardedEmbedding` layers that it trains live on the servers
+        until it is left; None: they do not.
 
     Returns
     -------
@@ -148,7 +159,7 @@ def push_and_pull(
         raise ParamError(f"Expected an optimizer that is not distributed yet, received {optimizer.name!r} again.")
     if optimizer.built and rows is None:
         raise ParamError(f"Expected an optimizer that has made no step yet, received {optimizer.name!r}, which has.")
-    held = {"client": client, "splits": splits(optimizer), "rows": rows, "stop": stop}
+    held = {"client": client, "splits": splits(optimizer), "rows": rows, "stop": stop, "closing": closing}
     for name, value in held.items():
         object.__setattr__(optimizer, f"_sparktf_{name}", value)
     derive(optimizer, _PushingMixin)
@@ -159,7 +170,7 @@ def push_and_pull(
 def restore_pushing(optimizer: Any) -> None:
     """Undo `push_and_pull`; one that was not built before has to be built anew."""
     restore(optimizer)
-    for name in ("client", "splits", "rows", "stop"):
+    for name in ("client", "splits", "rows", "stop", "closing"):
         object.__delattr__(optimizer, f"_sparktf_{name}")
 
 
@@ -181,6 +192,7 @@ def start(optimizer: Any, variables: Sequence[Any], state: Values | None = None)
     """
     import tensorflow as tf
 
+    tables = sum(map(is_handle, variables))
     variables = served(variables)
     check_variables(variables)
     parts = [Part(v.path, tuple(v.shape), v.dtype) for v in variables]
@@ -188,7 +200,7 @@ def start(optimizer: Any, variables: Sequence[Any], state: Values | None = None)
     # Keras may build an optimizer while it traces the first step.
     with tf.init_scope():
         name = type(optimizer).__name__
-        client.start(parts, [v.numpy() for v in variables], name, optimizer._sparktf_splits, state)
+        client.start(parts, [v.numpy() for v in variables], name, optimizer._sparktf_splits, state, tables)
         _assign(variables, client.weights)
         optimizer._iterations.assign(client.version)
 
@@ -196,7 +208,13 @@ def start(optimizer: Any, variables: Sequence[Any], state: Values | None = None)
 def finish(optimizer: Any) -> None:
     """Wait until all workers have come to the end of their training for now, and take the newest weights."""
     client: ParameterClient = optimizer._sparktf_client
+    tables = served_tables(optimizer._trainable_variables)
+    # Whoever has been told that all have come to the end finds all that they have pushed.
+    for table in tables:
+        table.settle()
     _assign(served(optimizer._trainable_variables), client.finish())
+    for table in tables:
+        table.settle()
     optimizer._iterations.assign(client.version)
 
 
@@ -217,15 +235,6 @@ def check_variables(variables: Sequence[Any]) -> None:
     overwritten = [v.path for v in variables if getattr(v, "overwrite_with_gradient", False)]
     if overwritten:
         raise ParamError(f"mode='async' cannot train {overwritten[0]}, which is set by its gradient: use mode='sync'.")
-
-
-def _refuse_tables(variables: Sequence[Any]) -> None:
-    tables = [v._sparktf_layer.name for v in variables if is_handle(v)]
-    if tables:
-        raise ParamError(
-            f"Expected no ShardedEmbedding in a program's asynchronous training, received {tables[0]!r}: its servers "
-            "have no model, and so no table. Use TFEstimator(mode='async'), or mode='sync'."
-        )
 
 
 def _dense(gradient: Any, variable: Any) -> Any:

@@ -55,16 +55,22 @@ def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def gradient_bytes(model: Any) -> int:
-    """Return how many bytes the gradients of a model's step take; 0 where that is not known.
+    """Return how many bytes the dense gradients of a model's step take; 0 where that is not known.
+
+    Those of Keras's embeddings are sparse, and sent by the rows that a batch has.
 
     Parameters
     ----------
     model : keras.Model or None
         One that was never built has no weights yet.
     """
+    import keras
+
     if model is None or not model.built:
         return 0
-    return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in model.trainable_variables)
+    tables = {id(layer.embeddings) for layer in model._flatten_layers() if isinstance(layer, keras.layers.Embedding)}
+    dense = [v for v in model.trainable_variables if id(v) not in tables]
+    return sum(math.prod(v.shape) * (8 if v.dtype == "float64" else 4) for v in dense)
 
 
 def plan_buckets(gradients: Sequence[tuple[np.dtype[Any], int]], first_bytes: int, bucket_bytes: int) -> list[Bucket]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -126,7 +127,9 @@ def progress_callback(report: Callable[[dict[str, Any]], None], steps: int, inte
         def __init__(self) -> None:
             super().__init__()
             self._epoch = 0
-            self._began = self._reported = time.monotonic()
+            self._began = time.monotonic()
+            # The first batch is reported in any case: all before it, tracing above all, takes its own time.
+            self._reported = -math.inf
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             self._epoch = epoch + 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 
@@ -23,6 +26,52 @@ def _ours(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).startswith("sparktf.")
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A custom object that a process finds by importing it, if it can."""
+
+    module: str
+    name: str
+
+
+def resolved(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Find what `Imported` stands for; leave out what this process cannot import, which `why_missing` tells of."""
+    found = {key: _find(value) for key, value in objects.items()}
+    return {key: value for key, value in found.items() if not isinstance(value, Exception)}
+
+
+def why_missing(name: str, objects: Mapping[str, Any]) -> str:
+    """Return why a class or function that Keras could not locate is not here; empty where nothing is known of it.
+
+    Parameters
+    ----------
+    name : str
+        The class's or function's.
+    objects : mapping of str to object
+        As a job carries them.
+    """
+    for key, value in objects.items():
+        if key.rpartition(">")[2] == name and isinstance(value, Imported):
+            error = _find(value)
+            if isinstance(error, Exception):
+                return (
+                    f"the driver has {name!r} from the module {value.module!r}, which cannot be imported here "
+                    f"({type(error).__name__}: {error}). Install that package on the executors, send it with "
+                    "spark.addArtifacts(path, pyfile=True), or call pyspark.cloudpickle.register_pickle_by_value on it"
+                )
+    return ""
+
+
+def _find(value: Any) -> Any:
+    """Return a custom object, or the exception with which it cannot be had."""
+    if not isinstance(value, Imported):
+        return value
+    try:
+        return attrgetter(value.name)(importlib.import_module(value.module))
+    except Exception as error:  # a module may fail in any way where what it needs is not there, such as a GPU
+        return error
+
+
 @contextmanager
 def registered(objects: Mapping[str, Any]) -> Iterator[None]:
     """Hold custom objects in Keras's registry of this process, and put back what stood there at exit.
@@ -34,11 +83,12 @@ def registered(objects: Mapping[str, Any]) -> Iterator[None]:
     Parameters
     ----------
     objects : mapping of str to class or callable
-        As :func:`custom_objects` returns it; keys are ``"package>name"``.
+        As :func:`custom_objects` returns it, or with `Imported` values; keys are ``"package>name"``.
     """
     import keras
     from keras.src.saving import object_registration  # the way back from object to name is not public
 
+    objects = resolved(objects)
     tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
         (keras.saving.get_custom_objects(), dict(objects)),
         (object_registration.GLOBAL_CUSTOM_NAMES, {value: name for name, value in objects.items()}),

@@ -112,7 +112,7 @@ class ShardedEmbedding(keras.layers.Layer):  # type: ignore[misc]  # mypy does n
 
     def trained_by(self, optimizer: Any) -> SparseOptimizer:
         """Return what updates the table in a model that is compiled with this optimizer."""
-        return sparse_optimizer_of(optimizer if self._source.own is None else self._source.own)
+        return sparse_optimizer_of(self._source.of_call(None) or optimizer)
 
     def build(self, input_shape: Any = None) -> None:
         """Make the variable by which Keras differentiates."""

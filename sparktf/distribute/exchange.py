@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from sparktf.distribute import buckets
 from sparktf.distribute.buckets import ALIGN_BYTES, Bucket, plan_buckets
 from sparktf.distribute.slices import SlicesExchange
+from sparktf.distribute.threads import Threads
 from sparktf.errors import HandshakeError
 from sparktf.transport import Communicator
 
@@ -33,9 +35,11 @@ class GradientExchange:
     communicator : Communicator
     kinds : sequence of (dtype, shape)
         One a gradient, in the order of the variables; the same on every rank.
-    thread : ThreadPoolExecutor
+    thread : Threads
         Of one thread, shared by all exchanges of a communicator.
     compression : {"none", "bf16"}
+    sparse : sequence of (dtype, shape)
+        Of the tables with sparse gradients, to find out whether all ranks have the same.
 
     Attributes
     ----------
@@ -47,16 +51,24 @@ class GradientExchange:
     """
 
     def __init__(
-        self, communicator: Communicator, kinds: Sequence[Kind], thread: ThreadPoolExecutor, compression: str = "none"
+        self,
+        communicator: Communicator,
+        kinds: Sequence[Kind],
+        thread: Threads,
+        compression: str = "none",
+        sparse: Sequence[Kind] = (),
     ) -> None:
         self._communicator = communicator
         self._kinds = list(kinds)
+        self._sparse = list(sparse)
         self._thread = thread
         self._compression = compression
         self.slices = SlicesExchange(communicator)
         sizes = [(dtype, int(np.prod(shape))) for dtype, shape in kinds]
         self.buckets: list[Bucket] = plan_buckets(sizes, buckets.FIRST_BYTES, buckets.BUCKET_BYTES)
         self._sets: list[list[Array]] = []
+        # By set and gradient, of those whose sums are kept in a wider type than their own.
+        self._narrow: list[dict[int, Array]] = [{}, {}]
         self._agreed = False
         self._turn = 0
         self._lock = threading.Lock()
@@ -114,7 +126,7 @@ class GradientExchange:
             self._full.add(number)
             while len(self._sent) in self._full:
                 buffer = self._sets[self._turn][len(self._sent)]
-                self._sent.append(self._thread.submit(self._reduce, buffer))
+                self._sent.append(self._thread.submit(functools.partial(self._reduce, buffer)))
 
     @property
     def pending(self) -> bool:
@@ -138,7 +150,7 @@ class GradientExchange:
         Returns
         -------
         list of ndarray
-            Views of the buffers where the dtype is that of the sum; read them before the step after the next.
+            Views of buffers; read them before the step after the next.
         bool
         """
         buffers = self._sets[self._turn]
@@ -147,8 +159,15 @@ class GradientExchange:
             for place in bucket.places:
                 dtype, shape = self._kinds[place.gradient]
                 part = buffer[place.start : place.stop].reshape(shape)
-                summed[place.gradient] = part.astype(dtype, copy=False)
+                summed[place.gradient] = part if part.dtype == dtype else self._narrowed(place.gradient, part, dtype)
         return summed, float(buffers[-1][-1]) > 0
+
+    def _narrowed(self, gradient: int, part: Array, dtype: np.dtype[Any]) -> Array:
+        held = self._narrow[self._turn]
+        if gradient not in held:
+            held[gradient] = np.empty(part.shape, dtype)
+        np.copyto(held[gradient], part, casting="unsafe")
+        return held[gradient]
 
     def _reduce(self, buffer: Array) -> float:
         began = time.perf_counter()
@@ -168,7 +187,10 @@ class GradientExchange:
         if self._agreed:
             return
         signature = [(dtype.name, shape) for dtype, shape in self._kinds]
-        digest = hashlib.blake2b(repr(signature).encode(), digest_size=16).digest()
+        signature += [(f"sparse {dtype.name}", shape) for dtype, shape in self._sparse]
+        # Buckets are cut by their sizes, which a rank's program may have set.
+        told = repr((signature, [bucket.size for bucket in self.buckets]))
+        digest = hashlib.blake2b(told.encode(), digest_size=16).digest()
         everyones = self._communicator.all_gather_bytes(digest)
         differing = [rank for rank, theirs in enumerate(everyones) if theirs != everyones[0]]
         if differing:

@@ -21,6 +21,8 @@ from sparktf.transport.ports import HeldPort, host_and_port
 _GROUP_KEY = 0x5F54
 # A peer's end is heard of within milliseconds; TensorFlow may hear of it first.
 _WORD_SECONDS, _POLL_SECONDS = 2.0, 0.01
+# After TensorFlow's own timeout, and within half of another, after which a job is ended without a name.
+_MEETING_SECONDS = 4.0
 
 
 def start_cluster(communicator: Communicator, host: str) -> Any:
@@ -170,6 +172,7 @@ class GrpcReducer(GradientReducer):
         try:
             if isinstance(error, tf.errors.DeadlineExceededError) and "CollectiveReduce" in error.message:
                 # Nobody has ended: a meeting tells which rank does not answer.
+                self._communicator.timeout = min(_MEETING_SECONDS, self._timeout / 4)
                 self._communicator.barrier()
             # Others' errors end a step as well, of files and servers; then the communicator has nothing to say.
             deadline = time.monotonic() + _WORD_SECONDS

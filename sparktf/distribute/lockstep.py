@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from sparktf.data.batches import StepPlan
 from sparktf.distribute.checks import loss_reduction
@@ -22,7 +26,8 @@ from sparktf.transport import Communicator
 class Lockstep:
     """A rank in step with the others; see `sparktf.distribute.fit.Together`.
 
-    Every rank takes the same number of steps; those without rows take theirs on a row of zeros that counts for nothing.
+    Every rank takes the same number of steps; those without rows take theirs on one that counts for
+    nothing.
 
     Parameters
     ----------
@@ -45,6 +50,7 @@ class Lockstep:
         self._reducer = reducer
         self._all_rows = rows
         self._plan = plan
+        self._held: list[int] = []
         self.rank = communicator.rank
         self.rows = rows.training[communicator.rank]
         self.steps = plan.steps
@@ -66,6 +72,7 @@ class Lockstep:
         if group.size == 1:
             yield
             return
+        self._held = _checksums(model) if self.rank == 0 else []
         optimizers = find_optimizers(model)
         coordination = Coordination(
             group,
@@ -87,11 +94,12 @@ class Lockstep:
             yield
 
     def begin(self, model: Any, settings: FitSettings) -> None:
-        """Take the chief's state once more where it has found an earlier fit that did not end."""
+        """Take the chief's state once more where its callbacks have changed it, as when an earlier fit did not end."""
         # BackupAndRestore runs on the chief only.
-        first = int(self._communicator.all_gather_bytes(str(int(model._initial_epoch or 0)).encode())[0])
-        if first:
-            model._initial_epoch = first
+        changed = self.rank == 0 and self._communicator.size > 1 and _checksums(model) != self._held
+        mine = json.dumps([int(model._initial_epoch or 0), changed])
+        model._initial_epoch, changed = json.loads(self._communicator.all_gather_bytes(mine.encode())[0])
+        if changed:
             take_chiefs_state(model, self._communicator, settings.seed)
 
     def end_epoch(self, model: Any, epoch: int) -> None:
@@ -170,11 +178,18 @@ def step_plan(rows: RankRows, batch_size: int) -> StepPlan:
 
 def take_chiefs_state(model: Any, communicator: Communicator, seed: int) -> None:
     """Overwrite a model's variables and its optimizers' with the chief's; seed its generators by rank."""
-    optimizers = find_optimizers(model)
-    variables = [*model.variables, *(v for optimizer in optimizers for v in optimizer.variables)]
-    broadcast_variables({id(v): v for v in variables}.values(), communicator)
-    keep_accumulated(optimizers, communicator)
+    broadcast_variables(_all_variables(model), communicator)
+    keep_accumulated(find_optimizers(model), communicator)
     seed_generators(model, seed, communicator.rank)
+
+
+def _all_variables(model: Any) -> list[Any]:
+    variables = [*model.variables, *(v for optimizer in find_optimizers(model) for v in optimizer.variables)]
+    return list({id(v): v for v in variables}.values())
+
+
+def _checksums(model: Any) -> list[int]:
+    return [zlib.crc32(np.asarray(v.numpy()).tobytes()) for v in _all_variables(model)]
 
 
 @contextlib.contextmanager

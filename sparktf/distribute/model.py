@@ -127,13 +127,13 @@ class _DistributedMixin:
         return tf.cond(local > 0, lambda: step(data), lambda: self._idle_step(step, data))
 
     def _idle_step(self, step: Any, data: Any) -> Any:
-        """Take a step on a row of zeros: the same collectives and update, without a trace of its own."""
+        """Take a step on a row that counts for nothing: the same collectives and update, without a trace of its own."""
         import keras
         import tensorflow as tf
 
         variables = _without_seeds(self)
         before = [tf.identity(v.value) for v in variables]
-        row = keras.tree.map_structure(lambda t: None if t is None else _row_of_zeros(t), data, none_is_leaf=True)
+        row = keras.tree.map_structure(lambda t: None if t is None else _a_row(t), data, none_is_leaf=True)
         logs = step(row)
         with tf.control_dependencies([t for t in keras.tree.flatten(logs) if t is not None]):
             for variable, value in zip(variables, before, strict=True):
@@ -241,11 +241,13 @@ def _forget_functions(model: Any) -> None:
     model.test_function = None
 
 
-def _row_of_zeros(tensor: Any) -> Any:
+def _a_row(tensor: Any) -> Any:
+    """Return the first row of a batch; of one that has none, zeros or an empty text."""
     import tensorflow as tf
 
     shape = tf.concat([[1], tf.shape(tensor)[1:]], axis=0)
-    row = tf.fill(shape, "") if tensor.dtype == tf.string else tf.zeros(shape, tensor.dtype)
+    zeros = tf.fill(shape, "") if tensor.dtype == tf.string else tf.zeros(shape, tensor.dtype)
+    row = tf.concat([tensor, zeros], axis=0)[:1]
     row.set_shape([1, *tensor.shape[1:]])
     return row
 

@@ -41,7 +41,7 @@ class OwnPace:
     batch_size : int
         Rows per worker and step.
     links : sequence of Communicator
-        To the servers' tables (see `sparktf.distribute.table_servers.table_link`), where the model has such.
+        To the servers' tables (see `sparktf.distribute.pair.connect_again`), where the model has such.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class OwnPace:
         return self._client.stopping
 
     def request_stop(self) -> None:
-        """Ask all workers to stop: each does after its next step."""
+        """Ask all workers to stop: each does once it has the answer to a push of from then on."""
         self._stop_wanted = True
 
     def clear_stop(self) -> None:
@@ -190,5 +190,8 @@ def check_servable(model: Any, servers: int) -> None:
     if model.built:
         variables = served(model.trainable_variables)
         check_variables(variables)
+        if len(variables) < len(model.trainable_variables):
+            # Every server holds a part of each table.
+            return
         shapes = [tuple(v.shape) for v in variables]
         check_shards(plan_shards(shapes, [1] * len(shapes), servers, splits(optimizer)))

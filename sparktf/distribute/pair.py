@@ -3,12 +3,17 @@
 A request of the worker, and the server's answer. First, where the worker has something to train, its `Hello`: both
 allocate the two messages; the chief sends its weights and its optimizer's state; all are answered with the weights.
 Then, for every step, gradients go one way, weights the other.
+
+A worker that need not wait for an answer has further lanes to the server, communicators with messages of their own:
+while one push is applied and answered, the next is sent. All but pushes goes over the first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import ml_dtypes
@@ -16,15 +21,22 @@ import numpy as np
 
 from sparktf.distribute.exchange import aligned_zeros
 from sparktf.distribute.shards import Array, Layout
+from sparktf.errors import PeerLostError, TransportTimeoutError
 from sparktf.transport import Communicator
 
 # Ranks in the pair.
 WORKER, SERVER = 0, 1
+# One that is sent, and one that is applied or answered: more would only make gradients older.
+MOST_LANES = 2
+# Gradients of fewer bytes are soon there. A second push under way would gain nothing and make all of them older, by
+# which training with a rate that is barely small enough begins to swing.
+LARGE_BYTES = 1 << 20
 # Requests. HELLO: it follows; answered with weights. PUSH: gradients follow; answered with weights once the gate lets
 # the worker pass. FINISH: the worker has come to the end of its training for now; answered with the weights of then
 # once all have. MEET: bytes follow; answered with all workers' bytes once all have come. STATE: answered with the
-# optimizer's state. LEAVE: it is gone; not answered.
-HELLO, PUSH, FINISH, MEET, STATE, LEAVE = range(6)
+# optimizer's state. LEAVE: it is gone; not answered. TABLES: a program's worker tells, before its Hello, which tables
+# there are; then both connect once more.
+HELLO, PUSH, FINISH, MEET, STATE, LEAVE, TABLES = range(7)
 # Answers. WAIT: not yet, but the server is alive. WEIGHTS, BYTES: they follow.
 WAIT, WEIGHTS, BYTES = range(3)
 # Places in a request: its kind, the learning rate (NaN: none), how many rows a push stands for, whether the worker
@@ -61,16 +73,22 @@ class Hello:
         What lives on this server.
     max_staleness : int or None
     compression : {"none", "bf16"}
+    tables : int
+        How many there are beside.
+    lanes : int
+        The worker's, to each server.
     """
 
     optimizer: str
     parts: tuple[Part, ...]
     max_staleness: int | None
     compression: str
+    tables: int = 0
+    lanes: int = 1
 
     def difference(self, other: Hello) -> str:
         """Say in a few words in what another one differs; empty where it does not."""
-        for name in ("optimizer", "max_staleness", "compression"):
+        for name in ("optimizer", "max_staleness", "compression", "tables", "lanes"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name} {getattr(self, name)!r} and {getattr(other, name)!r}"
         if len(self.parts) != len(other.parts):
@@ -120,6 +138,54 @@ class Messages:
         self.weights = aligned_zeros(communicator, hello.weights.nbytes, np.dtype(np.uint8))
         self.gradient_views: list[Array] = hello.gradients.views(self.gradients)
         self.weight_views: list[Array] = hello.weights.views(self.weights)
+
+
+def lanes_for(max_staleness: int | None, nbytes: int) -> int:
+    """Return how many pushes a worker may have under way to a server.
+
+    Parameters
+    ----------
+    max_staleness : int or None
+        A worker computes on the weights of so many updates ago, at most, also where those are its own.
+    nbytes : int
+        Of a push's gradients, to the server that gets the most.
+    """
+    if nbytes < LARGE_BYTES:
+        return 1
+    return MOST_LANES if max_staleness is None else max(1, min(MOST_LANES, max_staleness))
+
+
+def connect_again(communicator: Communicator, timeout: float) -> Communicator:
+    """Connect a worker and a server once more; both call this.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        One of the two's.
+    timeout : float
+        Seconds for which this side waits for the other.
+    """
+
+    def exchange(payload: bytes) -> list[bytes]:
+        if communicator.rank == WORKER:
+            send_bytes(communicator, SERVER, payload)
+            return [payload, receive_bytes(communicator, SERVER)]
+        theirs = receive_bytes(communicator, WORKER)
+        send_bytes(communicator, WORKER, payload)
+        return [theirs, payload]
+
+    return communicator.another(rank=communicator.rank, size=2, exchange=exchange, timeout=timeout)
+
+
+@contextmanager
+def naming_server(server: int) -> Iterator[None]:
+    """Say which server an error is about: in a pair everyone is rank 0 or 1."""
+    try:
+        yield
+    except PeerLostError as error:
+        raise PeerLostError(f"parameter server {server}: {error.reason or error}", None, error.reason) from error
+    except TransportTimeoutError as error:
+        raise TransportTimeoutError(f"parameter server {server}: {error}") from error
 
 
 def request(kind: int = WAIT, rate: float = math.nan, rows: float = 1, stop: bool = False) -> Array:

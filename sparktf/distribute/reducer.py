@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from sparktf.distribute.exchange import Array, GradientExchange, Kind
+from sparktf.distribute.threads import Threads
 from sparktf.errors import SparktfError
 from sparktf.transport import Communicator
 
@@ -40,7 +40,7 @@ class GradientReducer:
         self._communicator = communicator
         self._compression = compression
         self._exchanges: dict[tuple[Any, ...], GradientExchange] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparktf-reduce")
+        self._thread = Threads(1, "sparktf-reduce")
         self._keys = 0
         self._stop_requested = False
         self.stop_agreed = False
@@ -55,7 +55,7 @@ class GradientReducer:
         if error is not None and any(exchange.pending for exchange in self._exchanges.values()):
             # The thread waits for peers that wait for what will not come.
             self._communicator.abort(f"{type(error).__name__}: {error}")
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
 
     def explain(self, error: BaseException) -> BaseException | None:
         """Return what was behind an error that TensorFlow raised in a step; None where it was TensorFlow's own."""
@@ -131,7 +131,11 @@ class GradientReducer:
             # A gradient's own shape may not be known before it is computed.
             tensors = [tf.ensure_shape(t, variables[i].shape) for t, i in zip(tensors, dense, strict=True)]
         kinds = [(np.dtype(t.dtype.as_numpy_dtype), tuple(t.shape)) for t in tensors]
-        exchange = self.exchange(key, kinds, len(sparse), tuple(map(id, variables)))
+        # Whole tables' shapes where they are known, else those of their rows.
+        shapes = [variables[i].shape if variables else gradients[i].values.shape[1:] for i in sparse]
+        dtypes = [np.dtype(gradients[i].dtype.as_numpy_dtype) for i in sparse]
+        tables = [(dtype, tuple(shape)) for dtype, shape in zip(dtypes, shapes, strict=True)]
+        exchange = self.exchange(key, kinds, tables, tuple(map(id, variables)))
         reduced = self._trace(exchange, tensors, slices, share)
         for tensor, part in zip(reduced[: len(dense)], tensors, strict=True):
             tensor.set_shape(part.shape)
@@ -146,12 +150,14 @@ class GradientReducer:
         return results
 
     def exchange(
-        self, key: int, kinds: Sequence[Kind], sparse: int = 0, variables: tuple[int, ...] = ()
+        self, key: int, kinds: Sequence[Kind], sparse: Sequence[Kind] = (), variables: tuple[int, ...] = ()
     ) -> GradientExchange:
         """Return the exchange of one optimizer's gradients of a set of variables, told apart by their ids."""
-        which = (key, tuple((dtype.name, shape) for dtype, shape in kinds), sparse, variables)
+        which = (key, _names(kinds), _names(sparse), variables)
         if which not in self._exchanges:
-            self._exchanges[which] = GradientExchange(self._communicator, kinds, self._thread, self._compression)
+            self._exchanges[which] = GradientExchange(
+                self._communicator, kinds, self._thread, self._compression, sparse
+            )
         return self._exchanges[which]
 
     def _trace(self, exchange: GradientExchange, tensors: list[Any], slices: list[Any], share: Any) -> list[Any]:
@@ -250,3 +256,7 @@ def weigh(gradient: Any, share: Any) -> Any:
 
 def _listed(outputs: Any) -> list[Any]:
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def _names(kinds: Sequence[Kind]) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
+    return tuple((dtype.name, shape) for dtype, shape in kinds)

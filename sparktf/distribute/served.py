@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sparktf.distribute.gate import Push
 from sparktf.distribute.pair import Hello, Messages
 from sparktf.distribute.shards import Array
 from sparktf.distribute.slots import build_optimizer, pack, set_slots, slot_values, unpack
@@ -24,16 +25,16 @@ class ServedVariables:
         Not built yet; its state lives here from now on.
     hello : Hello
         What the slices are.
-    messages : dict of int to Messages
-        By worker; may be added to.
+    messages : dict of Push to Messages
+        By worker and lane; may be added to.
 
     Attributes
     ----------
-    rows : dict of int to float
-        By worker: what its last push counts for in a mean with others; one of 0 counts for nothing.
+    rows : dict of Push to float
+        By worker and lane: what the last push counts for in a mean with others; one of 0 counts for nothing.
     """
 
-    def __init__(self, optimizer: Any, hello: Hello, messages: dict[int, Messages]) -> None:
+    def __init__(self, optimizer: Any, hello: Hello, messages: dict[Push, Messages]) -> None:
         import tensorflow as tf
 
         self._optimizer = optimizer
@@ -41,11 +42,11 @@ class ServedVariables:
         self._layout = hello.weights
         self._variables = [_variable(part.path, part.shape, part.dtype) for part in hello.parts]
         self._lock = threading.Lock()
-        self._due: Sequence[int] = ()
-        self._reader = 0
+        self._due: Sequence[Push] = ()
+        self._reader: Push = (0, 0)
         self._sums: list[Array] = []
         self._parts: list[Array] = []
-        self.rows: dict[int, float] = {}
+        self.rows: dict[Push, float] = {}
         self._slots = build_optimizer(optimizer, self._variables)
         self._first_version = self.version
         # Traced here, so that the first push takes no longer than the others.
@@ -67,18 +68,18 @@ class ServedVariables:
         """Updates applied here."""
         return self.version - self._first_version
 
-    def apply(self, workers: Sequence[int]) -> None:
-        """Apply, as one update, the mean by rows of the gradients that lie in some workers' messages."""
-        due = [worker for worker in workers if self.rows[worker] > 0]
+    def apply(self, pushes: Sequence[Push]) -> None:
+        """Apply, as one update, the mean by rows of the gradients that lie in some messages."""
+        due = [push for push in pushes if self.rows[push] > 0]
         with self._lock:
             if due:
                 self._due = due
                 self._update()
 
-    def copy_to(self, worker: int) -> int:
-        """Write the newest weights into a worker's message; return their version."""
+    def copy_to(self, push: Push) -> int:
+        """Write the newest weights into the message that answers a push; return their version."""
         with self._lock:
-            self._reader = worker
+            self._reader = push
             self._copy()
             return self.version
 
@@ -104,6 +105,10 @@ class ServedVariables:
     def _traced_update(self) -> None:
         import tensorflow as tf
 
+        if not self._variables:
+            # A server of tables alone. Keras counts no step without variables, by which a schedule goes.
+            self._optimizer._iterations.assign_add(1)
+            return
         dtypes = [variable.dtype for variable in self._variables]
         gradients = tf.nest.flatten(tf.numpy_function(self._mean, [], dtypes, stateful=True))
         for gradient, variable in zip(gradients, self._variables, strict=True):
@@ -116,7 +121,7 @@ class ServedVariables:
         tf.numpy_function(self._store, [variable.value for variable in self._variables], [], stateful=True)
 
     def _mean(self) -> list[Array]:
-        given = [self._messages[worker].gradient_views for worker in self._due]
+        given = [self._messages[push].gradient_views for push in self._due]
         if len(given) == 1 and all(v.dtype == dtype for v, dtype in zip(given[0], self._layout.dtypes, strict=True)):
             # TensorFlow reads them where they were received.
             return given[0]
@@ -124,7 +129,7 @@ class ServedVariables:
             self._sums = self._layout.allocate()
         if not self._parts and len(given) > 1:
             self._parts = self._layout.allocate()
-        rows = [self.rows[worker] for worker in self._due]
+        rows = [self.rows[push] for push in self._due]
         for place, total in enumerate(self._sums):
             shares = [total.dtype.type(count / sum(rows)) for count in rows]
             np.multiply(given[0][place], shares[0], out=total, casting="same_kind")

@@ -1,4 +1,4 @@
-"""A parameter server: a thread for every worker, one optimizer for all."""
+"""A parameter server: a thread for every lane of every worker, one optimizer for all."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparktf.distribute import pair
-from sparktf.distribute.gate import Gate
+from sparktf.distribute.gate import Gate, Push
+from sparktf.distribute.lane import WAIT_SECONDS, Lane
 from sparktf.distribute.meeting import Meetings, pack_brought
 from sparktf.distribute.pair import Hello, Messages
 from sparktf.distribute.rates import Rates
 from sparktf.distribute.served import ServedVariables, check_optimizer
 from sparktf.distribute.shards import Array
+from sparktf.distribute.table_programs import ToldTables
 from sparktf.errors import HandshakeError, PeerLostError, TransportTimeoutError
 from sparktf.transport import Communicator
 
 _LOG = logging.getLogger("sparktf.distribute")
 
-# How often a worker that waits is told that its server is alive: well below any sensible timeout.
-_WAIT_SECONDS = 1.0
+# For threads to end once training has failed: what they wait for has been woken.
+_END_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class ParameterServer:
 
     def __init__(self, communicators: Sequence[Communicator], optimizer: Any, timeout: float) -> None:
         check_optimizer(optimizer)
-        self._communicators = list(communicators)
+        # By worker, the first first.
+        self._lanes = [[Lane(worker, 0, communicator)] for worker, communicator in enumerate(communicators)]
         self._optimizer = optimizer
         self._timeout = timeout
-        workers = len(self._communicators)
-        self._messages: dict[int, Messages] = {}
-        self._requests = [pair.request() for _ in range(workers)]
-        self._answers = [pair.answer() for _ in range(workers)]
+        workers = len(self._lanes)
+        self._messages: dict[Push, Messages] = {}
+        self._threads: list[threading.Thread] = []
         self._rows = [0.0] * workers
         self._end_versions = [0] * workers
         self._stopping = False
@@ -88,6 +90,7 @@ class ParameterServer:
         self._gate: Gate | None = None
         self._rates = Rates(workers, lambda rate: self._variables.set_learning_rate(rate))
         self._meetings = Meetings(workers, timeout, self._idle_seconds)
+        self._tables = ToldTables(workers, timeout)
         self._ready = threading.Event()
         self._state = threading.Lock()
         self._lost: list[int] = []
@@ -95,6 +98,7 @@ class ParameterServer:
         self._left_early: set[int] = set()
         self._chief_came = threading.Event()
         self._failure: BaseException | None = None
+        self._failed_at: float | None = None
 
     def serve(self, alive: Callable[[], None] = lambda: None) -> ServerReport:
         """Serve until all workers have left or are lost.
@@ -113,72 +117,96 @@ class ParameterServer:
         TransportTimeoutError
             Workers waited for one that has sent nothing for the timeout, or for the chief's first weights.
         """
-        threads = [
-            threading.Thread(target=self._attend, args=(worker,), name=f"sparktf-serve-{worker}", daemon=True)
-            for worker in range(len(self._communicators))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_WAIT_SECONDS)
+        for lanes in self._lanes:
+            self._start(lanes[0])
+        # Others may come as long as the first of a worker is there.
+        for thread in self._threads:
+            # Where training has failed, one may still try to connect with a worker that does not answer.
+            while thread.is_alive() and not self._failed_for(_END_SECONDS):
+                thread.join(WAIT_SECONDS)
                 alive()
         if self._failure is not None:
             raise self._failure
+        self._tables.join()
         updates = 0 if self._served is None else self._served.updates
-        pushes = tuple(self._gate.pushes) if self._gate is not None else (0,) * len(threads)
+        pushes = tuple(self._gate.pushes) if self._gate is not None else (0,) * len(self._lanes)
         lead = 0 if self._gate is None else self._gate.lead
         return ServerReport(updates, pushes, lead, tuple(sorted(self._lost)), tuple(self._rows))
 
-    def _attend(self, worker: int) -> None:
-        """Serve one worker; the function of its thread."""
-        communicator = self._communicators[worker]
+    def _failed_for(self, seconds: float) -> bool:
+        return self._failed_at is not None and time.monotonic() - self._failed_at > seconds
+
+    def _start(self, lane: Lane) -> None:
+        name = f"sparktf-serve-{lane.worker}" + (f"-{lane.push[1]}" if lane.push[1] else "")
+        thread = threading.Thread(target=self._attend, args=(lane,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _attend(self, lane: Lane) -> None:
+        """Serve one worker's lane; the function of its thread."""
         try:
-            while self._answer(worker, communicator):
+            while self._answer(lane):
                 pass
-            communicator.close()
+            lane.communicator.close()
         except PeerLostError as error:
-            self._lose(worker, error)
+            if lane.first:
+                self._lose(lane.worker, error)
+            else:
+                # The thread of the first lane is told, which may be about to answer the worker.
+                self._lanes[lane.worker][0].communicator.abort(error.reason or str(error))
         except BaseException as error:  # raised again by serve()
             self._fail(error)
 
-    def _answer(self, worker: int, communicator: Communicator) -> bool:
+    def _answer(self, lane: Lane) -> bool:
         """Take one request; return whether more can come."""
-        request = communicator.recv(pair.WORKER, self._requests[worker])
+        request = lane.receive_request()
         kind = int(request[pair.KIND])
         if kind == pair.LEAVE:
-            self._leave(worker)
+            # A worker's first lane is the last that it leaves.
+            if lane.first:
+                self._leave(lane.worker)
             return False
         if kind == pair.HELLO:
-            self._greet(worker, communicator)
+            self._greet(lane)
         elif kind == pair.PUSH:
-            self._take_push(worker, communicator, request)
+            self._take_push(lane, request)
         elif kind == pair.FINISH:
-            end = self._training.finish(worker)
-            self._await(worker, lambda seconds: self._training.finished(end, seconds))
+            self._tables.rest(lane.worker)
+            end = self._training.finish(lane.worker)
+            lane.await_(lambda seconds: self._training.finished(end, seconds))
             # Others may have begun anew.
-            self._send_copied(worker, communicator, self._end_versions[worker])
+            lane.send_weights(self._end_versions[lane.worker], self._stopping)
         elif kind == pair.MEET:
-            self._hold_meeting(worker, communicator)
+            self._hold_meeting(lane)
+        elif kind == pair.TABLES:
+            self._tables.hear(lane)
         else:
-            self._send_bytes(worker, communicator, self._variables.state())
+            lane.send_bytes(self._variables.state())
         return True
 
-    def _greet(self, worker: int, communicator: Communicator) -> None:
+    def _greet(self, lane: Lane) -> None:
+        communicator = lane.communicator
         hello = Hello.receive(communicator)
-        self._check(worker, hello)
-        messages = Messages(communicator, hello)
-        if worker == 0:
+        self._check(lane.worker, hello)
+        messages = self._messages[lane.push] = lane.allocate(hello)
+        self._open_lanes(lane, hello)
+        if lane.worker == 0:
             communicator.recv(pair.WORKER, messages.weights)
             state = pair.receive_bytes(communicator, pair.WORKER)
             # What is made of it may take TensorFlow a while.
             self._chief_came.set()
-            self._messages[worker] = messages
             self._begin(hello, messages, state)
         began = time.monotonic()
-        self._await(worker, lambda seconds: self._begun(began, seconds))
-        self._messages[worker] = messages
-        self._send_weights(worker, communicator)
+        lane.await_(lambda seconds: self._begun(began, seconds))
+        self._send_weights(lane)
+
+    def _open_lanes(self, first: Lane, hello: Hello) -> None:
+        """Connect a worker's further lanes, as its client does at the same time."""
+        for number in range(1, hello.lanes):
+            lane = Lane(first.worker, number, first.connect_again())
+            self._lanes[first.worker].append(lane)
+            self._messages[lane.push] = lane.allocate(hello)
+            self._start(lane)
 
     def _begun(self, since: float, seconds: float) -> bool:
         """Wait until the chief has told its weights; return whether it has."""
@@ -197,24 +225,24 @@ class ParameterServer:
             )
         return False
 
-    def _take_push(self, worker: int, communicator: Communicator, request: Array) -> None:
-        messages = self._messages[worker]
-        communicator.recv(pair.WORKER, messages.gradients)
+    def _take_push(self, lane: Lane, request: Array) -> None:
+        lane.receive_gradients()
         rows = float(request[pair.ROWS])
-        self._rates.tell(worker, float(request[pair.RATE]))
+        self._rates.tell(lane.worker, float(request[pair.RATE]))
         if request[pair.STOP]:
             # Only ever set: what another worker's thread has set meanwhile must not be lost.
             self._stopping = True
-        self._rows[worker] += rows
-        self._variables.rows[worker] = rows
-        self._training.push(worker)
-        self._await(worker, lambda seconds: self._training.passed(worker, seconds))
-        self._send_weights(worker, communicator)
+        with self._state:
+            self._rows[lane.worker] += rows
+        self._variables.rows[lane.push] = rows
+        self._training.push(lane.push)
+        lane.await_(lambda seconds: self._training.passed(lane.push, seconds))
+        self._send_weights(lane)
 
-    def _hold_meeting(self, worker: int, communicator: Communicator) -> None:
-        number = self._meetings.come(worker, pair.receive_bytes(communicator, pair.WORKER))
-        self._await(worker, lambda seconds: self._meetings.passed(number, seconds))
-        self._send_bytes(worker, communicator, pack_brought(self._meetings.result(number, worker)))
+    def _hold_meeting(self, lane: Lane) -> None:
+        number = self._meetings.come(lane.worker, pair.receive_bytes(lane.communicator, pair.WORKER))
+        lane.await_(lambda seconds: self._meetings.passed(number, seconds))
+        lane.send_bytes(pack_brought(self._meetings.result(number, lane.worker)))
 
     @property
     def _variables(self) -> ServedVariables:
@@ -250,51 +278,42 @@ class ParameterServer:
         self._served.assign(messages.weight_views)
         if state:
             self._served.set_state(state)
-        workers = len(self._communicators)
-        self._gate = Gate(workers, hello.max_staleness, self._served.apply, self._timeout, self._copy_at_end)
+        workers = len(self._lanes)
+        self._gate = Gate(
+            workers, hello.max_staleness, self._served.apply, self._timeout, self._copy_at_end, hello.lanes
+        )
         with self._state:
             for worker in self._left_early:
                 self._gate.leave(worker)
             self._ready.set()
 
-    def _await(self, worker: int, reached: Callable[[float], bool]) -> None:
-        """Wait for something, and let the worker know that it is waited for."""
-        communicator = self._communicators[worker]
-        while not reached(_WAIT_SECONDS):
-            communicator.send(pair.WORKER, pair.answer(pair.WAIT))
-
     def _copy_at_end(self, finished: Sequence[int]) -> None:
         """Keep the weights of the end for all that have finished, in their messages: all get the same."""
+        self._tables.resume(finished)
         for worker in finished:
-            self._end_versions[worker] = self._variables.copy_to(worker)
+            self._end_versions[worker] = self._variables.copy_to(self._lanes[worker][0].push)
 
-    def _send_weights(self, worker: int, communicator: Communicator) -> None:
-        self._send_copied(worker, communicator, self._variables.copy_to(worker))
-
-    def _send_copied(self, worker: int, communicator: Communicator, version: int) -> None:
-        answer, messages = self._answers[worker], self._messages[worker]
-        answer[:] = pair.WEIGHTS, version, self._stopping
-        communicator.send(pair.WORKER, answer)
-        communicator.send(pair.WORKER, messages.weights)
-
-    def _send_bytes(self, worker: int, communicator: Communicator, data: bytes) -> None:
-        communicator.send(pair.WORKER, pair.answer(pair.BYTES))
-        pair.send_bytes(communicator, pair.WORKER, data)
+    def _send_weights(self, lane: Lane) -> None:
+        lane.send_weights(self._variables.copy_to(lane.push), self._stopping)
 
     def _leave(self, worker: int) -> None:
         # First, as its leaving may complete a round of pushes.
         self._rates.leave(worker)
         self._meetings.leave(worker)
+        self._tables.leave(worker)
         with self._state:
             ready = self._ready.is_set()
             if not ready:
                 self._left_early.add(worker)
         if ready and self._training.leave(worker):
-            self._rows[worker] -= self._variables.rows[worker]
+            # A push is kept only where workers have a single lane.
+            with self._state:
+                self._rows[worker] -= self._variables.rows[worker, 0]
 
     def _lose(self, worker: int, error: PeerLostError) -> None:
         _LOG.warning("worker %d is lost: %s", worker, error.reason or error)
-        self._communicators[worker].abort(str(error))
+        for lane in self._lanes[worker]:
+            lane.communicator.abort(str(error))
         with self._state:
             self._lost.append(worker)
             ready = self._ready.is_set()
@@ -307,10 +326,12 @@ class ParameterServer:
 
     def _fail(self, error: BaseException) -> None:
         with self._state:
-            first = self._failure is None
             self._failure = self._failure or error
-        for communicator in self._communicators if first else ():
-            communicator.abort(f"{type(error).__name__}: {error}")
+            self._failed_at = self._failed_at or time.monotonic()
+        # Every time: a lane may just have been opened.
+        for lane in [lane for lanes in self._lanes for lane in lanes]:
+            lane.communicator.abort(f"{type(error).__name__}: {error}")
+        self._tables.abort(f"{type(error).__name__}: {error}")
 
 
 def serve(

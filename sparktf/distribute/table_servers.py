@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparktf.distribute import table_wire as wire
-from sparktf.distribute.client import naming_server
-from sparktf.distribute.pair import SERVER, WORKER, receive_bytes, send_bytes
+from sparktf.distribute.pair import connect_again, naming_server
 from sparktf.distribute.sparse_optimizers import Array, SparseOptimizer
 from sparktf.distribute.table import TableShard, TableState
 from sparktf.distribute.table_access import LocalTable, TableAccess
@@ -43,43 +42,18 @@ class FreeShard(SyncedShard):
 
 
 class ServedTables(TableService):
-    """A parameter server's parts of a model's tables, for as long as workers ask.
+    """A parameter server's parts of tables, for as long as workers ask; it goes on without those that are gone.
 
-    Parameters
-    ----------
-    model : keras.Model
-        Compiled; its tables are where training starts.
-    optimizer : keras.optimizers.Optimizer
-        The model's.
-    server, servers : int
-        This server's number, and how many there are.
-    workers : int
-        How many began.
-    communicators : mapping of int to Communicator
-        One with each worker that is still there, of `links_with_workers`; they belong to it from now on.
-    together : bool
-        Updates are made once all workers have pushed.
-    timeout : float
-        Seconds for which a worker may wait for others where updates are made together.
+    Parameters and attributes are those of `TableService`; ranks are workers.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        optimizer: Any,
-        server: int,
-        servers: int,
-        workers: int,
-        communicators: Mapping[int, Communicator],
-        together: bool,
-        timeout: float,
-    ) -> None:
-        kind = SyncedShard if together else FreeShard
-        shards = [kind(_part_of(layer, optimizer, server, servers), workers, timeout) for layer in tables_of(model)]
-        for shard in shards:
-            for lost in set(range(workers)) - set(communicators):
-                shard.leave(lost)
-        super().__init__(shards, communicators)
+    def leave(self, worker: int) -> None:
+        """Note that a worker is gone for good, or never comes. May be called twice."""
+        for shard in self._shards:
+            shard.leave(worker)
+
+    def _leave(self, rank: int) -> None:
+        self.leave(rank)
 
     def _fail(self, rank: int, error: SparktfError) -> None:
         if not isinstance(error, PeerLostError):
@@ -89,7 +63,7 @@ class ServedTables(TableService):
         self._links[rank].abort(error.reason or str(error))
         try:
             for shard in self._shards:
-                shard.leave(rank)
+                shard.lose(rank)
         except BaseException as failure:  # leaving may complete a round of pushes, and applying it may fail
             super()._fail(rank, not_the_peers(rank, failure))
 
@@ -100,7 +74,7 @@ class ServedTable(TableAccess):
     Parameters
     ----------
     links : sequence of Communicator
-        One with each server, of `table_link`.
+        One with each server, of `connect_again`.
     lock : threading.Lock
         Of all tables of the links.
     number : int
@@ -114,7 +88,10 @@ class ServedTable(TableAccess):
         self._links, self._lock, self._number = _named(links), lock, number
         self._places = wire.place_dtype(self.spec.rows, len(links))
         self._started = before.updates
-        self._clock = 0
+        # What an eager step has handed over before its optimizer was built.
+        self._pushed, self._rate = list(before._pushed), before._rate
+        # By server. They differ where a worker was lost while it pushed.
+        self._clocks = [0] * len(links)
 
     def _use(self, optimizer: SparseOptimizer) -> None:
         """Do nothing: servers know the model's optimizer."""
@@ -122,7 +99,7 @@ class ServedTable(TableAccess):
     @property
     def updates(self) -> int:
         """The table's updates so far, as far as this worker has made them."""
-        return self._started + self._clock
+        return self._started + max(self._clocks)
 
     @property
     def waited_seconds(self) -> float:
@@ -132,10 +109,10 @@ class ServedTable(TableAccess):
     def _lookup(self, ids: Array, out: Array) -> Array:
         with self._lock:
             asked = []
-            for link, places in zip(self._links, wire.split_by_owner(ids, len(self._links)), strict=True):
+            for server, places in enumerate(wire.split_by_owner(ids, len(self._links))):
                 # A server that has nothing to tell is not asked.
                 if len(places):
-                    self._ask(link, wire.LOOKUP, len(places))
+                    link = self._ask(server, wire.LOOKUP, len(places))
                     link.send(self._placed(ids[places]))
                     asked.append((link, places))
             for link, places in asked:
@@ -144,19 +121,26 @@ class ServedTable(TableAccess):
 
     def _update(self, ids: Array, gradients: Array, rate: float) -> None:
         with self._lock:
-            for link, places in zip(self._links, wire.split_by_owner(ids, len(self._links)), strict=True):
+            for server, places in enumerate(wire.split_by_owner(ids, len(self._links))):
                 part = self._buffers.take(len(places), self.spec.dim)
                 np.take(gradients, places, axis=0, out=part, mode="clip")
-                self._ask(link, wire.PUSH, len(places), rate)
+                link = self._ask(server, wire.PUSH, len(places), rate)
                 link.send(self._placed(ids[places]))
                 link.send(part)
-            self._clock += 1
+                self._clocks[server] += 1
+
+    def settle(self) -> None:
+        """Return when all that this worker has pushed is in the table."""
+        with self._lock:
+            asked = [self._ask(server, wire.SETTLE) for server in range(len(self._links))]
+            # Others may have made updates without this worker, which had come to its end: it joins them again.
+            self._clocks = [int(link.recv(np.zeros(1, np.int64))[0]) for link in asked]
 
     def pieces(self) -> Iterator[TableState]:
         """Yield the whole table's state, one server's after another's."""
         with self._lock:
-            for link in self._links:
-                self._ask(link, wire.STATE)
+            for server in range(len(self._links)):
+                link = self._ask(server, wire.STATE)
                 yield from wire.receive_pieces(link, self.spec.dim)
 
     def load(self, pieces: Iterable[TableState]) -> None:
@@ -165,12 +149,14 @@ class ServedTable(TableAccess):
         for piece in whole:
             piece.check(self.spec)
         with self._lock:
-            for server, link in enumerate(self._links):
-                self._ask(link, wire.LOAD)
+            for server in range(len(self._links)):
+                link = self._ask(server, wire.LOAD)
                 wire.load_pieces(link, (piece.part(server, len(self._links)) for piece in whole))
 
-    def _ask(self, link: Link, kind: int, count: int = 0, rate: float = 0.0) -> None:
-        link.send(wire.request(kind, self._number, self._clock, count, rate))
+    def _ask(self, server: int, kind: int, count: int = 0, rate: float = 0.0) -> Link:
+        link = self._links[server]
+        link.send(wire.request(kind, self._number, self._clocks[server], count, rate))
+        return link
 
     def _placed(self, ids: Array) -> Array:
         return (ids // len(self._links)).astype(self._places)
@@ -226,30 +212,8 @@ def _named(links: Sequence[Communicator]) -> list[Link]:
     return [Link(link, wire.SERVES, partial(naming_server, server)) for server, link in enumerate(links)]
 
 
-def table_link(pair: Communicator, timeout: float) -> Communicator:
-    """Connect a worker and a server once more, for their tables; both call this.
-
-    Parameters
-    ----------
-    pair : Communicator
-        The two's.
-    timeout : float
-        Seconds for which this side waits for the other.
-    """
-
-    def exchange(payload: bytes) -> list[bytes]:
-        if pair.rank == WORKER:
-            send_bytes(pair, SERVER, payload)
-            return [payload, receive_bytes(pair, SERVER)]
-        theirs = receive_bytes(pair, WORKER)
-        send_bytes(pair, WORKER, payload)
-        return [theirs, payload]
-
-    return pair.another(rank=pair.rank, size=2, exchange=exchange, timeout=timeout)
-
-
 def links_with_workers(pairs: Sequence[Communicator], timeout: float) -> dict[int, Communicator]:
-    """Connect a server with all workers once more, as `table_link` does; the others go on without one that is lost.
+    """Connect a server with all workers once more, as `connect_again` does; the others go on without one that is lost.
 
     Parameters
     ----------
@@ -267,11 +231,48 @@ def links_with_workers(pairs: Sequence[Communicator], timeout: float) -> dict[in
     with ExitStack() as stack:
         for worker, pair in enumerate(pairs):
             try:
-                links[worker] = stack.enter_context(table_link(pair, timeout))
+                links[worker] = stack.enter_context(connect_again(pair, timeout))
             except PeerLostError as error:
                 _LOG.warning("worker %d is lost before it asks for rows of tables: %s", worker, error.reason or error)
         stack.pop_all()
     return links
+
+
+def served_model_tables(
+    model: Any,
+    optimizer: Any,
+    server: int,
+    servers: int,
+    workers: int,
+    communicators: Mapping[int, Communicator],
+    together: bool,
+    timeout: float,
+) -> ServedTables:
+    """Serve this server's parts of a model's tables.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled; its tables are where training starts.
+    optimizer : keras.optimizers.Optimizer
+        The model's.
+    server, servers : int
+        This server's number, and how many there are.
+    workers : int
+        How many began.
+    communicators : mapping of int to Communicator
+        One with each worker that is still there, of `links_with_workers`; they belong to the service from now on.
+    together : bool
+        Updates are made once all workers have pushed.
+    timeout : float
+        Seconds for which a worker may wait for others where updates are made together.
+    """
+    kind = SyncedShard if together else FreeShard
+    shards = [kind(_part_of(layer, optimizer, server, servers), workers, timeout) for layer in tables_of(model)]
+    for shard in shards:
+        for lost in set(range(workers)) - set(communicators):
+            shard.leave(lost)
+    return ServedTables(shards, communicators)
 
 
 def _part_of(layer: Any, optimizer: Any, server: int, servers: int) -> TableShard:

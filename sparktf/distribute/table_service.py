@@ -24,6 +24,7 @@ from sparktf.distribute.table_wire import (
     LOOKUP,
     PUSH,
     REQUEST_NUMBERS,
+    SETTLE,
     STATE,
     Link,
     naming_rank,
@@ -53,6 +54,7 @@ class SyncedShard:
     def __init__(self, shard: TableShard, ranks: int, timeout: float) -> None:
         self.shard = shard
         self._ranks = set(range(ranks))
+        self._gone: set[int] = set()
         self._timeout = timeout
         self._news = threading.Condition()
         self._pushed: dict[int, tuple[Array, Array, float]] = {}
@@ -102,17 +104,37 @@ class SyncedShard:
         if not self._pushed or not self._ranks <= set(self._pushed) or self._failure is not None:
             return
         pushed = [self._pushed[rank] for rank in sorted(self._pushed)]
-        ids, gradients = summed([(ids, gradients) for ids, gradients, _ in pushed], self.shard.spec.dim)
+        ids, gradients = self._joined([(ids, gradients) for ids, gradients, _ in pushed])
         self.shard.update(ids, gradients, pushed[0][2])
         self._pushed.clear()
         self.version += 1
         self._news.notify_all()
 
-    def leave(self, rank: int) -> None:
-        """Wait no longer for a rank; what it has pushed counts."""
+    def _joined(self, pushed: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+        return summed(pushed, self.shard.spec.dim)
+
+    def rest(self, rank: int) -> None:
+        """Wait for a rank no longer, for now; what it has pushed counts."""
         with self._news:
             self._ranks.discard(rank)
             self._update_when_all_have_pushed()
+
+    def resume(self, ranks: Iterable[int]) -> None:
+        """Wait for ranks again, but for those that have left."""
+        with self._news:
+            self._ranks |= set(ranks) - self._gone
+
+    def leave(self, rank: int) -> None:
+        """Wait for a rank no longer; what it has pushed counts."""
+        with self._news:
+            self._gone.add(rank)
+            self.rest(rank)
+
+    def lose(self, rank: int) -> None:
+        """Wait for a rank no longer, which is lost; what of it has not been applied no longer will be."""
+        with self._news:
+            self._pushed.pop(rank, None)
+            self.leave(rank)
 
     def pieces(self, clock: int) -> Iterator[TableState]:
         """Yield the state after so many updates, or more, as `TableShard.pieces` does; others may push meanwhile."""
@@ -152,25 +174,50 @@ class TableService:
 
     def __init__(self, shards: Sequence[SyncedShard], communicators: Mapping[int, Communicator]) -> None:
         self._shards = list(shards)
-        self._links = {
-            rank: Link(communicator, ASKS, partial(naming_rank, rank, "which asks for rows of sharded tables"))
-            for rank, communicator in communicators.items()
-        }
-        self._threads = [
-            threading.Thread(target=self._attend, args=pair, name=f"sparktf-table-{pair[0]}", daemon=True)
-            for pair in self._links.items()
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._links: dict[int, Link] = {}
+        self._aborted: str | None = None
+        self._threads: dict[int, threading.Thread] = {}
+        for rank, communicator in communicators.items():
+            self.admit(rank, communicator)
 
-    def join(self) -> None:
-        """Return when all have left."""
-        for thread in self._threads:
-            thread.join()
+    def admit(self, rank: int, communicator: Communicator) -> None:
+        """Serve one more rank, over a communicator that belongs to the service from now on."""
+        link = Link(communicator, ASKS, partial(naming_rank, rank, "which asks for rows of sharded tables"))
+        self._links[rank] = link
+        name = f"sparktf-table-{rank}"
+        thread = threading.Thread(target=self._attend, args=(rank, link), name=name, daemon=True)
+        thread.start()
+        self._threads[rank] = thread
+        if self._aborted is not None:
+            link.abort(self._aborted)
+
+    def join(self, seconds: float | None = None) -> None:
+        """Return when all have left.
+
+        Parameters
+        ----------
+        seconds : float, optional
+            For which to wait, where nobody has a reason to ask any more. Default: a rank may be silent for as long as
+            its link's timeout.
+
+        Raises
+        ------
+        TransportTimeoutError
+            A rank has not left by then.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for rank, thread in list(self._threads.items()):
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                raise TransportTimeoutError(
+                    f"Expected rank {rank} to leave the sharded tables within {seconds:g} s, now that it trains no "
+                    "more; it has neither left nor ended."
+                )
 
     def abort(self, reason: str) -> None:
         """End at once; tell all who ask why."""
-        for link in self._links.values():
+        self._aborted = reason
+        for link in list(self._links.values()):
             link.abort(reason)
         # A thread may wait for pushes, which no longer come.
         for shard in self._shards:
@@ -183,6 +230,7 @@ class TableService:
         try:
             while visit.answer():
                 pass
+            self._leave(rank)
             link.close()
         except SparktfError as error:
             self._fail(rank, error)
@@ -190,10 +238,13 @@ class TableService:
             _LOG.warning("serving rank %d of sharded tables failed", rank, exc_info=True)
             self._fail(rank, not_the_peers(rank, error))
 
+    def _leave(self, rank: int) -> None:
+        """Note that a rank asks no more. In step all leave together, and nobody waits for gradients any more."""
+
     def _fail(self, rank: int, error: SparktfError) -> None:
         for shard in self._shards:
             shard.fail(error)
-        for link in self._links.values():
+        for link in list(self._links.values()):
             link.abort(str(error))
 
 
@@ -224,6 +275,9 @@ class _Visit:
             shard.push(self._rank, ids, gradients, rate)
         elif kind == STATE:
             send_pieces(self._link, shard.pieces(clock))
+        elif kind == SETTLE:
+            shard.wait(clock)
+            self._link.send(np.array([shard.version]))
         else:
             shard.load(receive_pieces(self._link, shard.shard.spec.dim), clock)
             # Others may look these rows up as soon as the one that asked says so.

@@ -18,8 +18,9 @@ from sparktf.transport.contract import Stats
 # Ranks in a pair.
 ASKS, SERVES = 0, 1
 # Requests. A request is `REQUEST_NUMBERS` of int64: its kind, the table's number, how many updates the one that asks
-# has pushed so far, how many rows follow or are asked for, and the bits of the learning rate.
-LOOKUP, PUSH, STATE, LOAD, LEAVE = range(5)
+# has pushed so far, how many rows follow or are asked for, and the bits of the learning rate. SETTLE: answered, once
+# all that the one that asks has pushed is in the table, with the number of the table's updates.
+LOOKUP, PUSH, STATE, LOAD, LEAVE, SETTLE = range(6)
 REQUEST_NUMBERS = 5
 
 _NUMBERS = " (of the two, 0 asks and 1 serves)"

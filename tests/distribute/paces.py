@@ -15,10 +15,11 @@ from sparktf.distribute.client import ParameterClient
 from sparktf.distribute.fit import FitSettings, fit_together
 from sparktf.distribute.meeting import Meeting
 from sparktf.distribute.own_pace import OwnPace, plain_optimizer
+from sparktf.distribute.pair import connect_again
 from sparktf.distribute.served import fresh_optimizer
 from sparktf.distribute.server import ServerReport, serve
 from sparktf.distribute.table_fit import tables_of
-from sparktf.distribute.table_servers import ServedTables, leave_tables, links_with_workers, table_link
+from sparktf.distribute.table_servers import leave_tables, links_with_workers, served_model_tables
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def by_workers(
                 raise RuntimeError("it breaks")
             model, given = prepared(make, task, worker)
             pairs = ours[worker] if tables_of(model) else []
-            links = [stack.enter_context(table_link(pair, timeout)) for pair in pairs]
+            links = [stack.enter_context(connect_again(pair, timeout)) for pair in pairs]
             together = OwnPace(client, Meeting(client, worker, count), rows_of(task), task.batch_size, links)
             settings = FitSettings(batch_size=task.batch_size, epochs=task.epochs, shuffle=False, seed=task.seed)
             report = fit_together(model, together, *given, settings, task.callbacks(worker))
@@ -78,7 +79,7 @@ def by_workers(
             model = fresh(make)
             optimizer = plain_optimizer(model)
             links = links_with_workers(pairs, 60.0) if tables_of(model) else {}
-            tables = ServedTables(model, optimizer, server, servers, count, links, max_staleness == 0, timeout)
+            tables = served_model_tables(model, optimizer, server, servers, count, links, max_staleness == 0, timeout)
             done = serve(pairs, fresh_optimizer(optimizer), timeout)
             tables.join()
             return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,8 +91,10 @@ def train(
             outcomes[role, number] = error
 
     def work(worker: int) -> Any:
-        with ParameterClient(ours[worker], worker, max_staleness, compression) as client:
-            return main(worker, push_and_pull(optimizer(), client))
+        client = ParameterClient(ours[worker], worker, max_staleness, compression)
+        # Tables are left before their servers are.
+        with client, ExitStack() as closing:
+            return main(worker, push_and_pull(optimizer(), client, closing=closing))
 
     roles = {("worker", w): partial(work, w) for w in range(workers)}
     roles |= {("server", s): lambda s=s: serve(theirs[s], optimizer(), timeout) for s in range(servers)}

@@ -12,10 +12,9 @@ from groups import Task, by_ranks
 from paces import by_workers
 
 EPOCHS, BATCH, HELD_OUT = 8, 32, 1000
-# Without a bound, one of four threads may be a whole epoch ahead, and its gradients as old.
-MAX_STALENESS = 4
-# Of the accuracy on held-out digits.
-MARGIN = 0.03
+# By staleness, of the accuracy on held-out digits. Without a bound, one of four threads may be a whole epoch ahead, and
+# its gradients as old.
+MARGINS = {4: 0.03, None: 0.1}
 
 
 def digits(seed: int) -> tuple[Any, Any]:
@@ -63,14 +62,16 @@ def in_step(seed: int, workers: int) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_workers_at_their_own_pace_reach_the_accuracy_of_training_in_step(seed: int, workers: int) -> None:
+@pytest.mark.parametrize(("seed", "max_staleness"), [(1, 4), (2, 4), (3, None)])
+def test_workers_at_their_own_pace_reach_the_accuracy_of_training_in_step(
+    seed: int, max_staleness: int | None, workers: int
+) -> None:
     reached = in_step(seed, workers)
     # Else there is nothing to reach.
     assert reached > 0.88
     done = by_workers(
-        lambda: classifier(seed), task(seed, workers), max_staleness=MAX_STALENESS, timeout=60.0
+        lambda: classifier(seed), task(seed, workers), max_staleness=max_staleness, timeout=60.0
     ).raise_first()
     (report,) = done.servers
     assert report.updates == sum(report.pushes) == EPOCHS * workers * -(-(5000 - HELD_OUT) // workers // BATCH)
-    assert accuracy(done.workers[0], seed) > reached - MARGIN
+    assert accuracy(done.workers[0], seed) > reached - MARGINS[max_staleness]

@@ -7,6 +7,7 @@ from typing import Any
 import groups
 import keras
 import numpy as np
+import tensorflow as tf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,17 @@ def test_two_fits_with_one_seed_are_equal_to_the_last_bit() -> None:
 def test_ranks_with_different_models_are_refused_before_the_first_update() -> None:
     def main(communicator: Communicator) -> Any:
         return _reduce(GradientReducer(communicator), 0.5, np.ones(3 + communicator.rank, "float32"))
+
+    outcomes = run_threads("tcp", 2, main)
+    assert any("same gradients on every rank" in str(outcome) for outcome in outcomes), outcomes
+
+
+def test_ranks_whose_models_differ_in_a_sparse_gradient_alone_are_refused_too() -> None:
+    def main(communicator: Communicator) -> Any:
+        width = 3 + communicator.rank
+        rows = tf.IndexedSlices(tf.ones((2, width)), tf.constant([0, 1]), tf.constant([5, width]))
+        with GradientReducer(communicator) as reducer:
+            return tf.function(lambda: reducer.reduce(1, [tf.ones(4), rows], tf.constant(0.5)))()
 
     outcomes = run_threads("tcp", 2, main)
     assert any("same gradients on every rank" in str(outcome) for outcome in outcomes), outcomes

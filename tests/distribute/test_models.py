@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +13,9 @@ import pytest
 import tensorflow as tf
 from groups import Task, assert_as_one_process, assert_ranks_agree, by_one_process, by_ranks, fresh, weights
 
+from sparktf.distribute.state import average_state
 from sparktf.errors import DriftError, ParamError
+from sparktf.transport.testing import results_of_threads
 
 _RANDOM = np.random.default_rng(5)
 X = _RANDOM.normal(size=(40, 6)).astype("float32")
@@ -282,6 +285,31 @@ def test_state_without_gradients_ends_equal_on_all_ranks_and_finite_beside_one_w
     norm = ranks[0].model.layers[0]
     assert np.isfinite(norm.moving_mean.numpy()).all()
     assert not np.array_equal(norm.moving_mean.numpy(), np.zeros(6))
+
+
+class Counted(keras.layers.Layer):
+    """Has state of a floating and of another kind."""
+
+    def __init__(self, value: float, count: int) -> None:
+        super().__init__()
+        self.mean = self.add_weight(shape=(2,), initializer=keras.initializers.Constant(value), trainable=False)
+        self.count = self.add_weight(shape=(), initializer="zeros", dtype="int64", trainable=False)
+        self.count.assign(count)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+def test_floating_state_becomes_its_mean_by_rows_and_other_state_the_chiefs() -> None:
+    def main(communicator: Any) -> tuple[list[float], int]:
+        values, weights = (1.0, 5.0, float("nan")), (0.75, 0.25, 0.0)
+        layer = Counted(values[communicator.rank], 7 + communicator.rank)
+        model = keras.Sequential([keras.Input((2,)), layer])
+        average_state(model, weights[communicator.rank], communicator)
+        return layer.mean.numpy().tolist(), int(layer.count)
+
+    assert results_of_threads("tcp", 3, main) == [([2.0, 2.0], 7)] * 3
 
 
 def masks(layer_seed: int | None, seed: int) -> list[Any]:
@@ -604,26 +632,43 @@ def test_a_checkpoint_in_the_middle_of_a_fit_is_a_plain_model_of_the_chief(tmp_p
         np.testing.assert_array_equal(loaded.predict(X, verbose=0), ranks[0].model.predict(X, verbose=0))
 
 
+def _resumed(directory: Path, epochs: int, dying: type[keras.callbacks.Callback], **saving: Any) -> tuple[Any, Any]:
+    """Return the ranks of a fit that died once and was started again, and those of one that did not."""
+
+    def make() -> keras.Model:
+        return mlp(keras.optimizers.Adam(0.05))
+
+    def backup() -> Any:
+        return keras.callbacks.BackupAndRestore(str(directory / "backup"), delete_checkpoint=False, **saving)
+
+    failed = by_ranks(make, replace(REGRESSION, epochs=epochs, callbacks=lambda rank: [backup(), dying()]))
+    assert all(isinstance(rank, KeyboardInterrupt) for rank in failed)
+    resumed = by_ranks(make, replace(REGRESSION, epochs=epochs, callbacks=lambda rank: [backup()]))
+    assert_ranks_agree(resumed)
+    assert len(resumed[0].report.epoch_seconds) == 2
+    return resumed, by_ranks(make, replace(REGRESSION, epochs=epochs))
+
+
 def test_a_fit_that_resumes_from_a_backup_resumes_on_all_ranks(tmp_path: Any) -> None:
     class Die(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             if epoch == 2:
                 raise KeyboardInterrupt
 
-    def make() -> keras.Model:
-        return mlp(keras.optimizers.Adam(0.05))
-
-    def backup() -> Any:
-        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"), delete_checkpoint=False)
-
-    failed = by_ranks(make, replace(REGRESSION, epochs=4, callbacks=lambda rank: [backup(), Die()]))
-    assert all(isinstance(rank, KeyboardInterrupt) for rank in failed)
-    resumed = by_ranks(make, replace(REGRESSION, epochs=4, callbacks=lambda rank: [backup()]))
-    assert_ranks_agree(resumed)
-    assert len(resumed[0].report.epoch_seconds) == 2
-    whole = by_ranks(make, replace(REGRESSION, epochs=4))
+    resumed, whole = _resumed(tmp_path, 4, Die)
     for ours, theirs in zip(weights(resumed[0].model), weights(whole[0].model), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_only_the_chief_has_restored_in_the_first_epoch_reaches_all_ranks(tmp_path: Any) -> None:
+    class Die(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    resumed, whole = _resumed(tmp_path, 2, Die, save_freq=2)
+    pairs = zip(weights(resumed[0].model), weights(whole[0].model), strict=True)
+    assert any(not np.array_equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_after_a_fit_the_model_is_the_plain_one_it_was() -> None:

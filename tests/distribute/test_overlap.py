@@ -75,7 +75,8 @@ def test_buckets_are_summed_each_in_its_place() -> None:
             assert all((part == i + 0.5).all() for i, part in enumerate(step))
 
 
-def test_nothing_is_allocated_or_registered_after_the_first_step() -> None:
+@pytest.mark.parametrize("protocol", ["tcp", "shm"])
+def test_nothing_is_allocated_or_registered_after_the_first_step(protocol: str) -> None:
     def main(communicator: Communicator) -> list[int]:
         counts = []
         with GradientReducer(communicator) as reducer:
@@ -85,8 +86,26 @@ def test_nothing_is_allocated_or_registered_after_the_first_step() -> None:
                 counts.append(communicator.stats.registrations)
         return counts
 
-    for counts in results_of_threads("tcp", 2, main):
+    for counts in results_of_threads(protocol, 2, main):
         assert len(set(counts)) == 1
+
+
+def test_sums_of_half_precision_are_narrowed_into_the_same_two_buffers_every_step() -> None:
+    def main(communicator: Communicator) -> tuple[list[int], list[Any]]:
+        gradient = tf.fill((7, 33), tf.constant(1.0 + communicator.rank, tf.bfloat16))
+        places, values = [], []
+        with GradientReducer(communicator) as reducer:
+            exchange = reducer.exchange(1, [(np.dtype(gradient.dtype.as_numpy_dtype), (7, 33))])
+            for _ in range(6):
+                (summed,) = reducer.reduce_now(exchange, 0.5, [gradient.numpy()])
+                places.append(summed.__array_interface__["data"][0])
+                values.append((summed.dtype.name, summed.shape, float(summed.min()), float(summed.max())))
+        return places, values
+
+    for places, values in results_of_threads("tcp", 2, main):
+        assert places == places[:2] * 3
+        assert places[0] != places[1]
+        assert set(values) == {("bfloat16", (7, 33), 1.5, 1.5)}
 
 
 def test_tensorflow_reads_the_sums_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +227,27 @@ def test_slices_of_any_number_are_joined_into_buffers_that_grow_to_the_largest()
     for allocations in results_of_threads("tcp", 2, main):
         # By the third step both turns have seen the largest number.
         assert len(set(allocations[2:])) == 1
+
+
+def test_sparse_gradients_stay_sparse_and_send_what_they_hold() -> None:
+    rows = 100_000
+
+    def main(communicator: Communicator) -> tuple[Any, int]:
+        with GradientReducer(communicator) as reducer:
+
+            def gradients() -> list[tf.IndexedSlices]:
+                values = tf.fill([3, 8], 1.0 + communicator.rank)
+                return [tf.IndexedSlices(values, tf.constant([5, 5, rows - 1]), tf.constant([rows, 8]))]
+
+            (reduced,) = tf.function(lambda: reducer.reduce(1, gradients(), tf.constant(0.5)))()
+            return reduced, communicator.stats.bytes_sent
+
+    for reduced, sent in results_of_threads("tcp", 2, main):
+        assert isinstance(reduced, tf.IndexedSlices)
+        assert reduced.values.numpy().tolist() == [[0.5] * 8] * 3 + [[1.0] * 8] * 3
+        assert reduced.indices.numpy().tolist() == [5, 5, rows - 1] * 2
+        # The whole table has 3.2 MB.
+        assert sent < 2000
 
 
 def test_a_rank_without_rows_leaves_its_slices_out() -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,23 @@ import pytest
 import servers
 import tensorflow as tf
 
+from sparktf.distribute import pair
 from sparktf.distribute.asynchronous import push_and_pull
 from sparktf.distribute.client import ParameterClient
 from sparktf.distribute.gate import Gate
+from sparktf.distribute.meeting import unpack_brought
+from sparktf.distribute.pair import Part
 from sparktf.distribute.rates import Rates
+from sparktf.distribute.served import ServedVariables
+from sparktf.distribute.server import serve
 from sparktf.errors import HandshakeError, ParamError, PeerLostError, TransportTimeoutError
 from sparktf.transport.testing import processes
+
+
+@pytest.fixture(autouse=True)
+def two_pushes_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with models whose gradients are large."""
+    monkeypatch.setattr(pair, "LARGE_BYTES", 0)
 
 
 def _data(seed: int = 0, rows: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +141,14 @@ def test_no_staleness_is_one_process_on_the_global_batch(name: str, protocol: st
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_steps_executed_together_keep_their_order(compression: str) -> None:
     x, y = _data()
-    main = _fit(x, y, 2, epochs=3, steps_per_execution=4)
+    fit = _fit(x, y, 2, epochs=3, steps_per_execution=4)
+    sent: dict[int, int] = {}
+
+    def main(worker: int, optimizer: Any) -> keras.Model:
+        model = fit(worker, optimizer)
+        sent[worker] = sum(lane.stats.bytes_sent for lane in optimizer._sparktf_client.lanes)
+        return model
+
     served = servers.train(
         main, lambda: keras.optimizers.SGD(0.05), max_staleness=0, compression=compression
     ).raise_first()
@@ -139,6 +158,9 @@ def test_steps_executed_together_keep_their_order(compression: str) -> None:
     tolerance = 1e-5 if compression == "none" else 1e-2
     for ours, theirs in zip(served.workers[0].get_weights(), one.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+    # Pushes: a request of 32 bytes, 6 x 3 and 3 gradients, each variable's on a boundary of 64 bytes.
+    assert 24 * (32 + (192 if compression == "none" else 128)) <= sent[1] < 24 * (32 + 192) + 1000
+    assert compression == "none" or sent[1] < 24 * (32 + 128) + 1000
 
 
 def test_rounds_of_one_worker_may_come_before_those_of_two() -> None:
@@ -277,10 +299,13 @@ def test_nothing_is_allocated_or_registered_after_the_first_step(protocol: str, 
         model = servers.regression(worker)
         model.compile(optimizer, "mse")
         counts: list[int] = []
-        pairs = optimizer._sparktf_client.communicators
-        note = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: counts.append(sum(c.stats.registrations for c in pairs))
-        )
+        client = optimizer._sparktf_client
+
+        def count(batch: int, logs: Any) -> None:
+            assert len(client.lanes) == len(client.communicators) * (1 if max_staleness == 0 else 2)
+            counts.append(sum(lane.stats.registrations for lane in client.lanes))
+
+        note = keras.callbacks.LambdaCallback(on_train_batch_end=count)
         model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=[note])
         return counts
 
@@ -290,6 +315,73 @@ def test_nothing_is_allocated_or_registered_after_the_first_step(protocol: str, 
     for counts in served.workers:
         assert len(counts) == 32
         assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize(("max_staleness", "under_way"), [(0, 1), (1, 1), (2, 2), (None, 2)])
+def test_a_worker_waits_once_as_many_pushes_are_under_way_as_staleness_allows(
+    max_staleness: int | None, under_way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, apply = threading.Event(), ServedVariables.apply
+    monkeypatch.setattr(ServedVariables, "apply", lambda self, pushes: go_on.wait(30) and apply(self, pushes))
+    ours, theirs = servers.connected("tcp", 1, 1, 30.0)
+    ones = [np.ones(3, np.float32)]
+    with ThreadPoolExecutor(2) as threads:
+        server = threads.submit(serve, theirs[0], keras.optimizers.SGD(0.5), 30.0)
+        with ParameterClient(ours[0], 0, max_staleness) as client:
+            client.start([Part("w", (3,), "float32")], [np.zeros(3, np.float32)], "SGD", split=False)
+            for _ in range(under_way):
+                client.push(ones, 0.5)
+            one_more = threads.submit(client.push, ones, 0.5)
+            assert not wait([one_more], 0.5).done
+            go_on.set()
+            one_more.result(30)
+            ((weights,),) = client.finish()
+            np.testing.assert_array_equal(weights, np.full(3, -0.5 * (under_way + 1)))
+    assert server.result(30).pushes == (under_way + 1,)
+
+
+def test_pulled_weights_stay_as_they_are_until_the_next_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_apply, apply = threading.Semaphore(0), ServedVariables.apply
+    monkeypatch.setattr(
+        ServedVariables, "apply", lambda self, pushes: may_apply.acquire(timeout=60) and apply(self, pushes)
+    )
+    ours, theirs = servers.connected("tcp", 1, 1, 60.0)
+    with ThreadPoolExecutor(1) as threads:
+        server = threads.submit(serve, theirs[0], keras.optimizers.SGD(0.5), 60.0)
+        with ParameterClient(ours[0], 0) as client:
+            client.start([Part("w", (3,), "float32")], [np.zeros(3, np.float32)], "SGD", split=False)
+            for pushed in range(4):
+                client.push([np.ones(3, np.float32)], 0.5)
+                ((weights,),) = client.pull()
+                may_apply.release()
+                (under_way,) = client._in_flight._under_way
+                assert wait(under_way.futures, 60).not_done == set()
+                # The answer has come, but was not taken.
+                np.testing.assert_array_equal(weights, np.full(3, -0.5 * pushed))
+    server.result(60)
+
+
+def test_a_worker_of_which_one_connection_breaks_is_lost_as_a_whole_though_it_waits_in_a_meeting() -> None:
+    ours, theirs = servers.connected("tcp", 2, 1, 60.0)
+    parts, zeros, ones = [Part("w", (3,), "float32")], [np.zeros(3, np.float32)], [np.ones(3, np.float32)]
+    with ThreadPoolExecutor(2) as threads:
+        server = threads.submit(serve, theirs[0], keras.optimizers.SGD(0.5), 60.0)
+        with ParameterClient(ours[0], 0) as chief, ParameterClient(ours[1], 1) as other:
+            chief.start(parts, zeros, "SGD", split=False)
+            other.start(parts, zeros, "SGD", split=False)
+            other.push(ones, 0.5)
+            meeting = threads.submit(other.meet, b"other")
+            time.sleep(0.3)
+            other.lanes[-1].abort("its cable is cut")
+            # Else the chief might come to the meeting before the server has heard of it.
+            with pytest.raises(PeerLostError, match="parameter server 0: "):
+                meeting.result(60)
+            chief.push(ones, 0.5)
+            assert unpack_brought(chief.meet(b"chief"))[0] == b"chief"
+            # All that are there have finished.
+            ((weights,),) = chief.finish()
+            np.testing.assert_array_equal(weights, np.full(3, -1))
+        assert server.result(60).lost == (1,)
 
 
 def test_a_loop_of_ones_own_and_sparse_gradients() -> None:

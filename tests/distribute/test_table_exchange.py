@@ -428,7 +428,7 @@ def test_a_rank_that_cannot_be_told_of_the_end_keeps_no_other_from_being_told() 
             closed.set()
         assert told.value.peer == 1
         assert all(link.communicator._released for link in links)  # type: ignore[attr-defined]
-        assert not any(thread.is_alive() for thread in group._service._threads)
+        assert not any(thread.is_alive() for thread in group._service._threads.values())
         return links[1].stats.bytes_sent - before
 
     # A request has five numbers.

@@ -16,14 +16,14 @@ from paces import by_workers
 from servers import connected
 
 from sparktf.distribute import ShardedEmbedding
-from sparktf.distribute.client import naming_server
+from sparktf.distribute.pair import naming_server
 from sparktf.distribute.sparse_optimizers import sparse_optimizer_of
 from sparktf.distribute.table import TableShard
 from sparktf.distribute.table_rows import RowInitializer, TableSpec
 from sparktf.distribute.table_servers import FreeShard, leave_tables
 from sparktf.distribute.table_service import SyncedShard, TableService
 from sparktf.distribute.table_wire import ASKS, LEAVE, SERVES, STATE, Link, receive_pieces, request
-from sparktf.errors import PeerLostError
+from sparktf.errors import PeerLostError, TransportTimeoutError
 
 _RANDOM = np.random.default_rng(7)
 IDS = _RANDOM.integers(0, 50, size=(60, 3))
@@ -57,6 +57,39 @@ def test_without_staleness_tables_are_those_of_one_process(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(rows(trained), rows(one.model), rtol=2e-5, atol=2e-6)
     assert np.abs(rows(one.model) - rows(make())).max() > 1e-2
+
+
+def factors(optimizer: Callable[[], Any]) -> keras.Model:
+    """Return a matrix factorisation: all that it trains is in tables."""
+    users, items = (keras.Input((), dtype="int64", name=name) for name in ("user", "item"))
+    vectors = [ShardedEmbedding(100, 4, seed=n, name=f"table_{n}")(x) for n, x in enumerate((users, items))]
+    model = keras.Model([users, items], keras.layers.Dot(1)(vectors))
+    model.compile(optimizer(), "mse")
+    return model
+
+
+@pytest.mark.parametrize("max_staleness", [0, None])
+def test_a_model_that_has_nothing_but_tables_trains_on_servers(max_staleness: int | None) -> None:
+    decay = keras.optimizers.schedules.ExponentialDecay
+
+    def make() -> keras.Model:
+        return factors(lambda: keras.optimizers.SGD(decay(0.5, 4, 0.9)))
+
+    ids, want = IDS[:, :2] % 10, (IDS[:, :1] % 10 / 10).astype("float32")
+    task = Task(({"user": ids[:, 0], "item": ids[:, 1]}, want), (30, 30), epochs=4)
+    done = by_workers(make, task, servers=2, max_staleness=max_staleness).raise_first()
+    (saver,) = done.savers
+    trained = done.workers[saver].model
+    steps = 4 * -(-30 // task.batch_size) * (1 if max_staleness == 0 else 2)
+    assert [report.updates for report in done.servers] == [steps] * 2
+    assert int(trained.optimizer.iterations) == steps
+    losses = done.workers[saver].report.history["loss"]
+    assert losses[-1] < losses[0]
+    if max_staleness == 0:
+        one = by_one_process(make, task).model
+        for name in ("table_0", "table_1"):
+            ours, theirs = (np.array(m.get_layer(name).access.lookup(np.arange(10))) for m in (trained, one))
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_tables_learn_at_each_workers_own_pace() -> None:
@@ -206,3 +239,12 @@ def test_a_service_that_ends_does_not_wait_for_pushes_that_no_longer_come(monkey
     service.abort("it breaks")
     assert time.monotonic() - began < 10
     links[0].close()
+
+
+def test_a_rank_that_does_not_leave_is_named_when_the_time_to_leave_is_over() -> None:
+    (links,), ((end,),) = connected("tcp", 1, 1, 30.0)
+    service = TableService([_free()], {0: end})
+    with pytest.raises(TransportTimeoutError, match=r"Expected rank 0 to leave the sharded tables within 0\.2 s"):
+        service.join(0.2)
+    leave_tables(links)
+    service.join(10.0)
