@@ -48,6 +48,8 @@ class ControlClient:
     def __init__(self, connection: socket.socket | None = None) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        self._moved_at: float | None = None
+        self._training = False
 
     @classmethod
     def connect(cls, address: ControlAddress | None, secret: bytes, job_id: str, rank: int) -> Self:
@@ -72,8 +74,18 @@ class ControlClient:
         """Whether the driver hears this node."""
         return self._connection is not None
 
+    def moved_at(self) -> float | None:
+        """Return when this node had a word to say last, by the monotonic clock; None where it had none yet."""
+        return self._moved_at
+
+    def training(self) -> bool:
+        """Tell whether this node has had progress to report: more than that it goes on."""
+        return self._training
+
     def progress(self, report: dict[str, Any]) -> None:
         """Tell the driver how far this node is; of a report that no frame holds, only that there was one."""
+        self._moved_at = time.monotonic()
+        self._training = self._training or bool(report)
         told = json.dumps(report).encode()
         self._send(PROGRESS, told if len(told) <= CHUNK_BYTES else b"{}")
 

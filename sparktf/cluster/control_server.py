@@ -20,6 +20,9 @@ from sparktf.transport.handshake import accept
 
 _LOG = logging.getLogger("sparktf.cluster")
 
+# Connections that have not said yet who they are, at once; others wait in the listener's queue.
+_MOST_HANDSHAKES = 256
+
 
 @dataclass(frozen=True)
 class NodeFailure:
@@ -80,6 +83,7 @@ class ControlServer:
         self._failures: list[NodeFailure] = []
         self._files: set[int] = set()
         self._heard_from: set[int] = set()
+        self._room = threading.Semaphore(_MOST_HANDSHAKES)
         self._closed = False
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -125,6 +129,7 @@ class ControlServer:
         with self._lock:
             self._closed = True
             connections = list(self._connections)
+        self._room.release()
         # A listener's close does not wake a thread that waits in accept(); its shutdown does.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -150,6 +155,7 @@ class ControlServer:
 
     def _accept_all(self) -> None:
         while True:
+            self._room.acquire()
             try:
                 connection, _ = self._listener.accept()
             except OSError:
@@ -169,6 +175,8 @@ class ControlServer:
                 # Strangers and nodes of other jobs; a node of ours goes on without a control connection.
                 _LOG.warning("refused a control connection: %s", error)
                 return
+            finally:
+                self._room.release()
             self._heard_from.add(rank)
             try:
                 self._listen(connection, rank)
@@ -180,7 +188,7 @@ class ControlServer:
                     self._fail(
                         NodeFailure(rank, "", "its process ended without a word (killed, perhaps for its memory)", "")
                     )
-            except TransportError as error:
+            except (TransportError, ValueError, TypeError) as error:
                 # What else it says cannot be followed any more.
                 self._fail(NodeFailure(rank, "", f"what it told the driver could not be read: {error}".rstrip("."), ""))
             except OSError as error:

@@ -50,9 +50,10 @@ def hear(
     while True:
         # In this order: its last words come before its end.
         ended = child.poll() is not None
-        if poll.poll(0 if ended else _LOOK_SECONDS * 1000):
+        left = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic()))
+        if poll.poll(0 if ended else left * 1000):
             return recv_frame(sock, frame_seconds, limit)
         if ended:
             raise PeerLostError("The child process has ended.")
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and time.monotonic() >= deadline:
             raise TransportTimeoutError(f"Expected a word of the child process within {timeout} s.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sparktf.cluster.control import ControlAddress
 from sparktf.data.columns import ColumnSpec
 from sparktf.distribute.buckets import FIRST_BYTES
 from sparktf.distribute.fit import FitSettings
+from sparktf.transport import Settings
 
 GRPC = "grpc"
 
@@ -49,7 +50,7 @@ class Program:
     model_fn : callable or None
         Makes the model where the job has no archive.
     custom_objects : mapping of str to object
-        The driver's Keras registry.
+        The driver's Keras registry, as `sparktf.cluster.pickling.portable` gives it.
     callbacks : tuple of keras.callbacks.Callback
     feed : Feed
     """
@@ -102,6 +103,11 @@ class Job:
     result_limit: int | None = None
 
     @property
+    def transport_settings(self) -> Settings:
+        """What a node's communicators are told."""
+        return Settings.from_environment()
+
+    @property
     def transport(self) -> str:
         """The protocol of the tasks' communicator."""
         return "auto" if self.protocol == GRPC else self.protocol
@@ -138,6 +144,13 @@ class TrainJob(Job):
     gradient_bytes: int = 0
     num_ps: int = 0
     max_staleness: int | None = None
+
+    @property
+    def transport_settings(self) -> Settings:
+        """What a node's communicators are told: how much memory a step's gradients will take, where that is known."""
+        # Two sets of buffers alternate (`sparktf.distribute.exchange`). Servers hold other shares.
+        later_bytes = 0 if self.num_ps or self.over_grpc else 2 * self.gradient_bytes
+        return replace(super().transport_settings, later_bytes=later_bytes)
 
     @property
     def workers(self) -> range:

@@ -9,23 +9,27 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pyspark import cloudpickle
 
-from sparktf.cluster.child import train_in_child
+from sparktf.cluster.child_process import train_in_child
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.control import CHUNK_BYTES, ControlClient
 from sparktf.cluster.fit_logs import FitLogs
 from sparktf.cluster.gpus import check_gpus
 from sparktf.cluster.job import GRPC, Job, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
+from sparktf.cluster.readiness import gather_when_ready
 from sparktf.cluster.serving import train_asynchronously
+from sparktf.cluster.spooled import SpooledNode
 from sparktf.cluster.spooling import RefusedRows, spool_partition
 from sparktf.cluster.threads import op_threads, start_tensorflow, threads_for
 from sparktf.cluster.training import archive_file, make_model, train
-from sparktf.data.spool import Spool
+from sparktf.cluster.watchdog import Watchdog
 from sparktf.distribute.custom_objects import registered
 from sparktf.errors import PeerLostError
 from sparktf.transport import Communicator, connect
@@ -37,6 +41,9 @@ REPORT, MODEL, REFUSED = "report", "model", "refused"
 
 # Ranks that spool meet this often, in seconds.
 _MEET_SECONDS = 10.0
+# Timeouts without a word of progress after which a node ends where the driver cannot do that: as long as the driver
+# waits. Ranks that wait for another say within the timeout for which.
+_SILENCE = 1.5
 _ASKED_FOR_GRPC = "protocol='grpc' was asked for"
 _FITS, _NEEDS_CHILD = b"fits", b"child"
 
@@ -117,11 +124,15 @@ def run_node(
         Of `RESULT_SCHEMA`: what `work` returned.
     """
     control = ControlClient.connect(job.control, job.secret, job.job_id, rank)
+    watchdog: AbstractContextManager[Any] = nullcontext()
     if control.connected:
         # What is large goes to the driver as a file.
         job = replace(job, result_limit=None)
+    else:
+        watchdog = Watchdog(rank, control, _SILENCE * job.timeout, job.timeout)
     try:
-        results = _run(batches, job, rank, exchange, addresses, control, work)
+        with watchdog:
+            results = _run(batches, job, rank, exchange, addresses, control, work)
     except PeerLostError as error:
         # The driver takes it for the one that counts only where no other rank says more.
         _tell(control, error)
@@ -183,6 +194,7 @@ def _connect(job: Job, rank: int, exchange: Exchange, host: str) -> Communicator
         secret=job.secret,
         timeout=job.timeout,
         host=host,
+        settings=job.transport_settings,
     )
 
 
@@ -217,14 +229,12 @@ def _train_on_rows(
         control.alive()
         with spool_partition(batches, specs, communicator, interval, control.alive) as spool:
             fed = time.monotonic()
-            report = logs.announce(control.progress)
+            node = SpooledNode(specs, spool, communicator, host, threads, logs.announce(control.progress))
             if job.num_ps:
-                told = train_asynchronously(
-                    job, model, specs, spool, communicator, host, threads, report, control.alive
-                )
+                told = train_asynchronously(job, model, node)
             else:
                 fits = threads == available and not job.over_grpc and not on_gpus
-                told = _train_in_lockstep(job, program, model, specs, spool, communicator, host, threads, report, fits)
+                told = _train_in_lockstep(job, program, model, node, fits)
         told["notices"] += logs.notices
         told |= {
             "tensorboard": logs.url,
@@ -237,18 +247,7 @@ def _train_on_rows(
     return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if saved else [])]
 
 
-def _train_in_lockstep(
-    job: TrainJob,
-    program: Program,
-    model: Any,
-    specs: list[Any],
-    spool: Spool,
-    communicator: Communicator,
-    host: str,
-    threads: int,
-    report: Callable[[dict[str, Any]], None] | None,
-    fits: bool,
-) -> dict[str, Any]:
+def _train_in_lockstep(job: TrainJob, program: Program, model: Any, node: SpooledNode, fits: bool) -> dict[str, Any]:
     """Train in this process where that can be, else in a child.
 
     This process may have an earlier job's threads, for good. Sums over another number of threads differ in their last
@@ -259,14 +258,15 @@ def _train_in_lockstep(
     fits : bool
         This process has the threads that the fit takes, and may train.
     """
-    chief = communicator.rank == 0
+    communicator, chief = node.communicator, node.rank == 0
     if all(answer == _FITS for answer in communicator.all_gather_bytes(_FITS if fits else _NEEDS_CHILD)):
-        return train(job, program, model, specs, spool, communicator, report, chief)
+        return train(job, program, model, node.specs, node.spool, communicator, node.report, chief)
     if fits:
         # Children make a group of their own, met through the parents'; this rank joins it as it is.
-        with _connect(job, communicator.rank, communicator.all_gather_bytes, host) as group:
-            return train(job, program, model, specs, spool, group, report, chief)
-    return train_in_child(job, specs, spool, communicator, host, threads, report, chief)
+        exchange = partial(gather_when_ready, communicator, alive=node.alive)
+        with _connect(job, node.rank, exchange, node.host) as group:
+            return train(job, program, model, node.specs, node.spool, group, node.report, chief)
+    return train_in_child(job, node, chief)
 
 
 def _deliver(path: str, job: TrainJob, control: ControlClient) -> list[Result]:

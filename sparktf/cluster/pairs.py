@@ -19,7 +19,13 @@ PairExchange = Callable[[bytes, Pair], list[bytes]]
 
 
 def connect_pairs(
-    job: Job, rank: int, workers: Sequence[int], servers: Sequence[int], exchange: PairExchange, host: str
+    job: Job,
+    rank: int,
+    workers: Sequence[int],
+    servers: Sequence[int],
+    exchange: PairExchange,
+    host: str,
+    protocol: str,
 ) -> list[Communicator]:
     """Connect a worker with every parameter server, or a server with every worker; all of them call this.
 
@@ -35,6 +41,8 @@ def connect_pairs(
     exchange : callable
     host : str
         The address of this node that the others reach.
+    protocol : str
+        One of the transport's.
 
     Returns
     -------
@@ -43,14 +51,16 @@ def connect_pairs(
     """
     pairs = [(worker, rank) for worker in workers] if rank in servers else [(rank, server) for server in servers]
     with ExitStack() as stack:
-        connected = [stack.enter_context(_connect(job, pair, pair.index(rank), exchange, host)) for pair in pairs]
+        connected = [
+            stack.enter_context(_connect(job, pair, pair.index(rank), exchange, host, protocol)) for pair in pairs
+        ]
         stack.pop_all()
     return connected
 
 
-def _connect(job: Job, pair: Pair, side: int, exchange: PairExchange, host: str) -> Communicator:
+def _connect(job: Job, pair: Pair, side: int, exchange: PairExchange, host: str, protocol: str) -> Communicator:
     return connect(
-        job.transport,
+        protocol,
         rank=side,
         size=2,
         exchange=lambda payload: exchange(payload, pair),

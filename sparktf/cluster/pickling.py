@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
+from sparktf.distribute.custom_objects import Imported
 from sparktf.errors import ParamError
 
 
@@ -44,3 +47,27 @@ def _dumps(what: Any) -> bytes:
     from pyspark import cloudpickle
 
     return bytes(cloudpickle.dumps(what))  # type: ignore[no-untyped-call]
+
+
+def portable(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Return custom objects as they go to nodes: those of modules by name, the others as they are.
+
+    A library that only the driver has puts its objects into the registry when it is imported, and pickled as they are
+    they would fail on a node whose model needs none of them.
+    """
+    return {key: _reference(value) or value for key, value in objects.items()}
+
+
+def _reference(value: Any) -> Imported | None:
+    from pyspark.cloudpickle.cloudpickle import list_registry_pickle_by_value
+
+    module, name = str(getattr(value, "__module__", "")), str(getattr(value, "__qualname__", ""))
+    by_value = list_registry_pickle_by_value()  # type: ignore[no-untyped-call]
+    parents = {module.rsplit(".", up)[0] for up in range(module.count(".") + 1)}
+    if module == "__main__" or module not in sys.modules or parents & by_value:
+        return None
+    try:
+        found = attrgetter(name)(sys.modules[module])
+    except AttributeError:
+        return None
+    return Imported(module, name) if found is value else None

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from sparktf.cluster.child import train_in_child
+from sparktf.cluster.child_process import train_in_child
 from sparktf.cluster.job import TrainJob
 from sparktf.cluster.pairs import SERVER_SECONDS, Pair, connect_pairs
+from sparktf.cluster.readiness import gather_when_ready
+from sparktf.cluster.spooled import SpooledNode
 from sparktf.cluster.training import agree_on_partitions
-from sparktf.data.columns import ColumnSpec
-from sparktf.data.spool import Spool
 from sparktf.distribute.fit import RankRows
 from sparktf.distribute.own_pace import plain_optimizer
 from sparktf.distribute.pair import receive_bytes, send_bytes
 from sparktf.distribute.served import fresh_optimizer
 from sparktf.distribute.server import serve
 from sparktf.distribute.table_fit import tables_of
-from sparktf.distribute.table_servers import ServedTables, links_with_workers
+from sparktf.distribute.table_servers import links_with_workers, served_model_tables
 from sparktf.transport import Communicator
 
 
 def train_asynchronously(
     job: TrainJob,
     model: Any,
-    specs: list[ColumnSpec],
-    spool: Spool,
-    communicator: Communicator,
-    host: str,
-    threads: int,
-    report: Callable[[dict[str, Any]], None] | None,
-    alive: Callable[[], None],
+    node: SpooledNode,
 ) -> dict[str, Any]:
     """Be a worker or a parameter server of an asynchronous fit.
 
@@ -42,18 +36,7 @@ def train_asynchronously(
     ----------
     job : TrainJob
     model : keras.Model
-    specs : list of ColumnSpec
-    spool : Spool
-        Of a server, without rows.
-    communicator : Communicator
-        Of all tasks.
-    host : str
-        The address of this node that the others reach.
-    threads : int
-    report : callable or None
-        Receives progress.
-    alive : callable
-        Called every second by a server.
+    node : SpooledNode
 
     Returns
     -------
@@ -61,10 +44,11 @@ def train_asynchronously(
         Of a worker, what `sparktf.cluster.training.train_at_own_pace` returns, or how it was lost. Of a server, under
         ``"server"``, its report.
     """
-    everyones = agree_on_partitions(specs, spool, communicator)
+    communicator = node.communicator
+    everyones = agree_on_partitions(node.specs, node.spool, communicator)
     rows = RankRows(everyones.training[: job.num_workers], everyones.validation[: job.num_workers])
-    if communicator.rank < job.num_workers:
-        told = train_in_child(job, specs, spool, communicator, host, threads, report, False, rows)
+    if node.rank < job.num_workers:
+        told = train_in_child(job, node, False, rows)
         return {"saved": None, "notices": [], **told}
     optimizer = fresh_optimizer(plain_optimizer(model))
 
@@ -73,11 +57,13 @@ def train_asynchronously(
         send_bytes(communicator, pair[0], payload)
         return [theirs, payload]
 
+    # Workers' children take their time to start; after this nobody waits for one.
+    gather_when_ready(communicator, alive=node.alive)
     with ExitStack() as stack:
-        connected = connect_pairs(job, communicator.rank, job.workers, job.servers, exchange, host)
+        connected = connect_pairs(job, node.rank, job.workers, job.servers, exchange, node.host, job.transport)
         workers = [stack.enter_context(pair) for pair in connected]
-        stack.enter_context(_served_tables(job, model, communicator.rank, workers))
-        done = serve(workers, optimizer, job.timeout, alive)
+        stack.enter_context(_served_tables(job, model, node.rank, workers))
+        done = serve(workers, optimizer, job.timeout, node.alive)
     protocol = {"protocol": workers[0].protocol, "protocol_reason": workers[0].reason}
     return {"saved": None, "notices": [], "server": asdict(done), **protocol}
 
@@ -94,12 +80,15 @@ def _served_tables(job: TrainJob, model: Any, rank: int, workers: Sequence[Commu
         for link in links.values():
             stack.enter_context(link)
         optimizer = plain_optimizer(model)
-        service = ServedTables(model, optimizer, server, job.num_ps, job.num_workers, links, together, job.timeout)
+        service = served_model_tables(
+            model, optimizer, server, job.num_ps, job.num_workers, links, together, job.timeout
+        )
         # They are the service's from now on.
         stack.pop_all()
     try:
         yield
+        # Workers leave tables before they leave their servers.
+        service.join(job.timeout)
     except BaseException as error:
         service.abort(f"{type(error).__name__}: {error}")
         raise
-    service.join()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparktf.cluster.readiness import gather_when_ready, not_ready_yet
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter
@@ -19,8 +20,6 @@ from sparktf.distribute.fit import RankRows
 from sparktf.distribute.group import Group
 from sparktf.errors import DataError
 from sparktf.transport import Communicator
-
-_READING = b""
 
 
 class RefusedRows(DataError):
@@ -71,7 +70,7 @@ def spool_partition(
         for batch in batches:
             writer.append(batch)
             if time.monotonic() - met > interval:
-                communicator.all_gather_bytes(_READING)
+                not_ready_yet(communicator)
                 alive()
                 met = time.monotonic()
         _check_everyones_rows(writer, specs, communicator, alive)
@@ -83,9 +82,7 @@ def _check_everyones_rows(
 ) -> None:
     """Wait until every rank has read its partition, and add up what they counted."""
     mine = json.dumps({name: asdict(faults) for name, faults in writer.faults().items()}).encode()
-    while not all(everyones := communicator.all_gather_bytes(mine)):
-        alive()
-    counted = [json.loads(part) for part in everyones]
+    counted = [json.loads(part) for part in gather_when_ready(communicator, mine, alive)]
     totals = [(s, sum((Faults(**c[s.name]) for c in counted), Faults())) for s in specs]
     try:
         raise_if_any(totals, "the DataFrame")

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,20 +18,23 @@ from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.fit_logs import with_tensorboard
 from sparktf.cluster.job import Program, TrainJob
 from sparktf.cluster.spooling import agree_on_rows, local_directory, split_rows
+from sparktf.cluster.stand_in import stand_in
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
 from sparktf.data.tfdata import evaluation_dataset, training_dataset
 from sparktf.distribute.build import build_model
 from sparktf.distribute.client import ParameterClient
+from sparktf.distribute.custom_objects import why_missing
 from sparktf.distribute.fit import FitReport, Order, RankRows, fit_together
 from sparktf.distribute.group import Group
 from sparktf.distribute.lockstep import fit_rank
 from sparktf.distribute.meeting import Meeting
 from sparktf.distribute.optimizer import find_optimizers
 from sparktf.distribute.own_pace import OwnPace
+from sparktf.distribute.pair import connect_again
 from sparktf.distribute.reducer import GradientReducer
 from sparktf.distribute.table_fit import tables_of
-from sparktf.distribute.table_servers import leave_tables, table_link
+from sparktf.distribute.table_servers import leave_tables
 from sparktf.errors import ParamError
 from sparktf.transport import Communicator
 
@@ -57,7 +60,7 @@ def make_model(path: str | None, program: Program, seed: int) -> Any:
     # Numpy takes 32 bits.
     keras.utils.set_random_seed(seed % 2**32)
     if path is not None:
-        return load_model(path)
+        return load_model(path, program.custom_objects)
     assert program.model_fn is not None  # the driver has checked that one of the two is given
     model = program.model_fn()
     if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
@@ -79,8 +82,14 @@ def archive_file(pieces: Iterable[bytes] | None) -> Iterator[str | None]:
         yield path
 
 
-def load_model(path: str) -> Any:
+def load_model(path: str, objects: Mapping[str, Any]) -> Any:
     """Return the model of a ``.keras`` archive. It is the job's own: Lambda layers are allowed.
+
+    Parameters
+    ----------
+    path : str
+    objects : mapping of str to object
+        The job's custom objects, which are registered.
 
     Raises
     ------
@@ -98,12 +107,13 @@ def load_model(path: str) -> Any:
             return keras.saving.load_model(path, safe_mode=False)
         except TypeError as error:
             # Keras has no exception class for it.
-            missing = re.search(r"Could not locate (class|function) '[^']+'", str(error))
+            missing = re.search(r"Could not locate (?:class|function) '([^']+)'", str(error))
             if missing is None:
                 raise
+            advice = "Decorate it with @keras.saving.register_keras_serializable(), or give a modelFn"
             raise ParamError(
-                f"model: expected classes and functions that nodes can find. Received from Keras: {missing[0]}. "
-                "Decorate it with @keras.saving.register_keras_serializable(), or give a modelFn."
+                f"model: expected classes and functions that nodes can find. Received from Keras: {missing[0]}: "
+                f"{why_missing(missing[1], objects) or advice}."
             ) from error
 
 
@@ -163,7 +173,7 @@ def train(
         The model is larger than what can come back.
     """
     rows = agree_on_partitions(specs, spool, communicator)
-    given = _prepare(job, program, model, specs, spool, rows)
+    given = _prepare(job, program, model, specs, spool, rows, communicator)
     reducer = reducer or GradientReducer(communicator, job.compression)
     fitted = fit_rank(
         model, communicator, rows, given.training, given.validation, job.settings, given.callbacks, report, reducer
@@ -197,10 +207,10 @@ def train_at_own_pace(
         As `train` does, whose the other parameters are; one of the workers has saved the model.
     """
     meeting = Meeting(client, rank, job.num_workers)
-    given = _prepare(job, program, model, specs, spool, rows)
+    given = _prepare(job, program, model, specs, spool, rows, meeting)
     with contextlib.ExitStack() as stack:
         servers = client.communicators if tables_of(model) else ()
-        links = [stack.enter_context(table_link(pair, job.timeout)) for pair in servers]
+        links = [stack.enter_context(connect_again(pair, job.timeout)) for pair in servers]
         together = OwnPace(client, meeting, rows, job.settings.batch_size, links)
         fitted = fit_together(model, together, given.training, given.validation, job.settings, given.callbacks, report)
         saves = together.saves()
@@ -211,7 +221,7 @@ def train_at_own_pace(
 
 
 def _prepare(
-    job: TrainJob, program: Program, model: Any, specs: list[ColumnSpec], spool: Spool, rows: RankRows
+    job: TrainJob, program: Program, model: Any, specs: list[ColumnSpec], spool: Spool, rows: RankRows, group: Group
 ) -> _Prepared:
     """Make the datasets, and build the model from their shapes."""
     settings = job.settings
@@ -225,15 +235,39 @@ def _prepare(
         "pack_y": pack_y,
     }
 
+    names = [s.name for s in specs if s.kind in ("feature", "label", "weight")]
+    idle = stand_in(spool, names, ours, rows.training, group)
+
     def training(order: Order, steps: int) -> Any:
-        return training_dataset(spool, lambda: ours[order()], settings.batch_size, steps, **arrangement)
+        return training_dataset(spool, lambda: ours[order()], settings.batch_size, steps, idle=idle, **arrangement)
 
     held_out_batches = None
     if sum(rows.validation) > 0:
         held_out_batches = evaluation_dataset(spool, held_out, settings.batch_size, **arrangement)
     build_model(model, _first_batch(training))
+    if program.model_fn is not None:
+        check_savable(model)
     check_returnable(state_bytes(model), job.result_limit)
     return _Prepared(training, held_out_batches, with_tensorboard(program.callbacks, job.log_dir))
+
+
+def check_savable(model: Any) -> None:
+    """Check that Keras can save a function's model, before it has trained for hours.
+
+    Raises
+    ------
+    ParamError
+        It cannot.
+    """
+    import keras
+
+    try:
+        keras.saving.serialize_keras_object(model)
+    except (TypeError, ValueError, NotImplementedError) as exc:
+        raise ParamError(
+            f"Expected modelFn to return a model that Keras can save, received {model.name!r}, which it cannot: {exc}. "
+            "Custom classes need get_config() and @keras.saving.register_keras_serializable()."
+        ) from exc
 
 
 def _validation(specs: list[ColumnSpec]) -> str | None:

@@ -9,7 +9,7 @@ fresh pages again and again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ def training_dataset(
     pack: Pack | None = None,
     pack_y: Pack | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    idle: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
     """Feed one rank's training rows, exactly `steps` batches an iteration.
 
@@ -51,7 +52,7 @@ def training_dataset(
     batch_size : int
         Rows per batch.
     steps : int
-        Batches per iteration: full ones, at most one short one, then batches of no rows.
+        Batches per iteration: full ones, at most one short one, then such as `idle` says.
     features, labels : iterable of str
         Columns of the spool; a mapping by name will do.
     weight : str, optional
@@ -61,6 +62,8 @@ def training_dataset(
         given as its tensor, several as the dict. They are traced, and see tensors of any number of rows.
     chunk_bytes : int
         Bytes gathered at once.
+    idle : mapping of str to ndarray, optional
+        By column, what is given in steps for which there are no rows; by default batches of no rows.
 
     Returns
     -------
@@ -84,8 +87,8 @@ def training_dataset(
         return indices
 
     full = feed.batches(epoch, batch_size, chunk_rows)
-    empty = tf.data.Dataset.from_tensors(feed.structure(feed.no_rows())).repeat()
-    return _finish(full.concatenate(empty).take(steps), steps)
+    last = tf.data.Dataset.from_tensors(feed.structure(feed.no_rows() if idle is None else feed.given(idle))).repeat()
+    return _finish(full.concatenate(last).take(steps), steps)
 
 
 def evaluation_dataset(
@@ -210,6 +213,12 @@ class _Feed:
         import tensorflow as tf
 
         return {name: tf.zeros((0, *_known(spec)), spec.dtype) for name, spec in self._specs()}
+
+    def given(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Give tensors of arrays by column name."""
+        import tensorflow as tf
+
+        return {name: tf.constant(arrays[name], spec.dtype) for name, spec in self._specs()}
 
     def _specs(self) -> Sequence[tuple[str, ColumnSpec]]:
         return [(name, self._spool.columns[name]) for name in self._names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sparktf.cluster.control import CHUNK_BYTES, PROGRESS, ControlAddress, ControlClient
+from sparktf.cluster import control_server
+from sparktf.cluster.control import CHUNK_BYTES, ERROR, PROGRESS, ControlAddress, ControlClient
 from sparktf.cluster.control_server import ControlServer
 from sparktf.cluster.submit import node_error
 
@@ -101,6 +103,20 @@ def test_a_node_that_says_more_than_a_frame_holds_is_not_taken_for_killed(driver
     message = str(node_error(failure))
     assert f"Expected a frame of at most {CHUNK_BYTES} bytes. Received: one that announces" in message
     assert "killed" not in message
+    node.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [(PROGRESS, b"{"), (PROGRESS, b"\xff\xfe"), (ERROR, b"[1]"), (ERROR, b'{"kind": "OSError"}'), (ERROR, b"null")],
+)
+def test_what_cannot_be_read_is_that_nodes_failure(driver: Driver, kind: int, payload: bytes) -> None:
+    node = driver.node(1)
+    node._send(kind, payload)
+    failure = driver.server.failure(5.0)
+    assert failure is not None
+    assert failure.rank == 1
+    assert "what it told the driver could not be read" in str(node_error(failure))
     node.close()
 
 
@@ -199,6 +215,30 @@ def test_a_stranger_who_says_nothing_keeps_nobody_waiting(driver: Driver) -> Non
         node.progress({"epoch": 1})
         assert _until(lambda: len(driver.progress) == 1)
         node.close()
+
+
+def test_strangers_are_heard_a_few_at_a_time_and_end_with_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_server, "_MOST_HANDSHAKES", 2)
+    driver = Driver(tmp_path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(driver.server.close)
+        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", driver.server.port))) for _ in range(5)]
+
+        def served() -> int:
+            return sum(t.name == "sparktf-control-node" for t in threading.enumerate())
+
+        assert _until(lambda: served() == 2)
+        time.sleep(0.3)
+        assert served() == 2
+        for stranger in strangers:
+            stranger.close()
+        node = driver.node(0)
+        node.progress({"epoch": 1})
+        assert _until(lambda: len(driver.progress) == 1)
+        node.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("sparktf-control")]
 
 
 def test_a_driver_that_cannot_be_reached_is_done_without() -> None:

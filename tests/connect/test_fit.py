@@ -118,6 +118,23 @@ def test_a_nodes_own_error_reaches_the_client(rows: Any) -> None:
         _estimator(inputCols=["a", "b", "c"], callbacks=[_Boom()], numWorkers=2).fit(rows)
 
 
+def test_a_killed_rank_ends_the_fit_in_sparks_words_and_the_next_one_works(rows: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(NodeError, match="exited unexpectedly"):
+        _estimator(inputCols=["a", "b", "c"], callbacks=[_Killed(1)], numWorkers=2, timeout=200.0).fit(rows)
+    assert time.monotonic() - started < 60.0
+    assert len(_estimator(inputCols=["a", "b", "c"], numWorkers=2).fit(rows).summary.history) == 3
+
+
+@pytest.mark.parametrize("params", [{}, {"mode": "async"}], ids=["sync", "async"])
+def test_a_lone_node_that_hangs_is_ended_after_the_timeout(rows: Any, params: dict[str, Any]) -> None:
+    hangs = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(300))
+    started = time.monotonic()
+    with pytest.raises(NodeError, match=r"rank 0: no progress for 10 s \(timeout\)"):
+        _estimator(inputCols=["a", "b", "c"], timeout=10.0, callbacks=[hangs], **params).fit(rows)
+    assert time.monotonic() - started < 60.0
+
+
 def test_too_many_workers_fail_with_sparks_own_words(rows: Any) -> None:
     with pytest.raises(SlotsError, match=r"In Spark's words:\n.*slots"):
         _estimator(inputCols=["a", "b", "c"], numWorkers=9).fit(rows)

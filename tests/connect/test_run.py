@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from programs import fails_on_rank, returns_much, rows, total
+from programs import dies_beside_its_servers, fails_on_rank, returns_much, rows, total
 
 from sparktf import run
 from sparktf.errors import ClusterError, DataError, NodeError, ParamError
@@ -44,3 +44,9 @@ def test_a_nodes_error_is_told_in_sparks_words(spark: Any) -> None:
 def test_nulls_are_refused(spark: Any) -> None:
     with pytest.raises(DataError, match="1 null in the 3 rows"):
         run(rows, spark=spark, num_workers=2, dataset=spark.sql("select explode(array(1, null, 3)) as x"))
+
+
+def test_a_worker_that_was_lost_is_told_of_at_the_end(spark: Any, caplog: pytest.LogCaptureFixture) -> None:
+    chief, worker, report = run(dies_beside_its_servers, 1, spark=spark, num_workers=2, num_ps=1)
+    assert "Rank 1 (worker 0) was lost" in caplog.text
+    assert (chief, worker, report.lost) == (0, None, (1,))

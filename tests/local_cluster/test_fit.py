@@ -11,9 +11,19 @@ import keras
 import numpy as np
 import psutil
 import pytest
-from failing import Break
+from failing import Break, breaking_model
 
-from sparktf.errors import ClusterError, DataError, NodeError, SlotsError, TransportError, TransportTimeoutError
+from sparktf.cluster import launch
+from sparktf.cluster.preflight import installed_versions
+from sparktf.errors import (
+    ClusterError,
+    DataError,
+    NodeError,
+    SlotsError,
+    TransportError,
+    TransportTimeoutError,
+    VersionError,
+)
 from sparktf.ml import TFEstimator
 
 PROMISED_SECONDS = 10.0
@@ -67,6 +77,27 @@ def test_an_exception_on_one_rank_reaches_the_driver_and_the_session_fits_again(
     assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
 
 
+def test_an_exception_in_a_model_on_one_rank_reaches_the_driver(spark: Any, rows: Any, no_leftovers: Any) -> None:
+    before = _executors(spark)
+    with pytest.raises(NodeError, match="kaboom") as caught:
+        _estimator(model=None, modelFn=breaking_model(1)).fit(rows)
+    raised = float(re.search(r"kaboom at ([\d.]+)", str(caught.value))[1])
+    assert time.time() - raised < PROMISED_SECONDS
+    assert caught.value.rank == 1
+    assert "train_step" in caught.value.remote_traceback
+    assert _executors(spark) == before
+
+
+def test_versions_that_differ_on_executors_are_named_and_no_executor_pays_for_it(
+    spark: Any, rows: Any, monkeypatch: pytest.MonkeyPatch, no_leftovers: Any
+) -> None:
+    before = _executors(spark)
+    monkeypatch.setattr(launch, "installed_versions", lambda: {**installed_versions(), "keras": "2.9.0"})
+    with pytest.raises(VersionError, match=r"keras .*2\.9\.0"):
+        _estimator().fit(rows)
+    assert _executors(spark) == before
+
+
 def test_an_asynchronous_fit_has_its_server_in_an_executor_of_its_own(rows: Any, no_leftovers: Any) -> None:
     fitted = _estimator(mode="async", numWorkers=1, epochs=4).fit(rows)
     assert (fitted.summary.worldSize, fitted.summary.numPs, fitted.summary.updates) == (1, 1, 4 * 10)
@@ -87,10 +118,13 @@ def test_nulls_in_one_partition_are_an_error_that_no_executor_pays_for(spark: An
     assert _executors(spark) == before
 
 
-def test_a_killed_node_is_named_in_time_and_the_session_fits_again(spark: Any, rows: Any, no_leftovers: Any) -> None:
+def test_a_killed_node_is_named_in_time_and_the_session_fits_again(
+    spark: Any, rows: Any, tmp_path: Path, no_leftovers: Any
+) -> None:
     before = _executors(spark)
     with pytest.raises(NodeError, match="Rank 1 was lost") as caught:
-        _estimator(callbacks=[Break(1, "SIGKILL")]).fit(rows)
+        _estimator(callbacks=[Break(1, "SIGKILL", str(tmp_path / "when"))]).fit(rows)
+    assert time.time() - float((tmp_path / "when").read_text()) < PROMISED_SECONDS
     assert caught.value.rank == 1
     assert _executors(spark) == before
     assert len(_estimator(epochs=1).fit(rows).summary.history) == 1
