@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
 from typing import Any
 
 import numpy as np
@@ -321,23 +322,46 @@ def sees_gpus(args: Any, ctx: Any) -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def trains_asynchronously(args: dict[str, Any], ctx: Any, epochs: int = 10) -> Any:
+def trains_asynchronously(args: dict[str, Any], ctx: Any, epochs: int = 10, callbacks: Any = ()) -> Any:
     """Digits, each worker at its own pace on a parameter server; return the accuracy on held-out rows."""
     import keras
     from sklearn.datasets import load_digits
 
-    optimizer = keras.optimizers.Adam(5e-3)
+    optimizer = keras.optimizers.Adam(args.get("rate", 5e-3))
     if ctx.job_name == "ps":
         return ctx.parameter_server(optimizer)
     images, labels = load_digits(return_X_y=True)
     training, held_out = slice(300 + ctx.rank, None, ctx.num_workers), slice(300)
     keras.utils.set_random_seed(ctx.rank)
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)])
-    optimizer = ctx.distributed_optimizer(optimizer, mode="async", **args)
+    optimizer = ctx.distributed_optimizer(optimizer, mode="async", max_staleness=args.get("max_staleness"))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
-    model.fit(images[training] / 16, labels[training], batch_size=32, epochs=epochs, verbose=0)
+    model.fit(
+        images[training] / 16, labels[training], batch_size=32, epochs=epochs, verbose=0, callbacks=list(callbacks)
+    )
     return model.evaluate(images[held_out] / 16, labels[held_out], verbose=0)[1]
+
+
+def trains_a_table(args: dict[str, Any], ctx: Any) -> Any:
+    """A recommender whose table is on the parameter servers; return what a worker predicts, and of how many updates."""
+    import keras
+    import tensorflow as tf
+
+    from sparktf.distribute import ShardedEmbedding
+
+    optimizer = keras.optimizers.Adagrad(0.3)
+    if ctx.job_name == "ps":
+        return ctx.parameter_server(optimizer)
+    table = ShardedEmbedding(1000, 4, seed=3, hashing=True, name="table")
+    layers = [keras.Input((2,), dtype="string"), table, keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(ctx.distributed_optimizer(optimizer, mode="async", max_staleness=args["max_staleness"]), "mse")
+    rows = ctx.dataset(10, drop_remainder=True).map(lambda row: (row["words"], row["y"]))
+    model.fit(rows, epochs=args["epochs"], verbose=0)
+    ctx.export(model, args["path"])
+    updates = max(piece.updates for piece in table.access.pieces())
+    return updates, model.predict(tf.constant(args["words"]), verbose=0)[:, 0].tolist()
 
 
 def asks_for_async(args: dict[str, Any], ctx: Any) -> None:
@@ -345,6 +369,60 @@ def asks_for_async(args: dict[str, Any], ctx: Any) -> None:
     import keras
 
     ctx.distributed_optimizer(keras.optimizers.SGD(0.1), **args)
+
+
+def breaks_in_training(args: dict[str, Any], ctx: Any) -> Any:
+    """Break one rank after its first epoch, as ``args["how"]`` says; a file tells when."""
+    import keras
+
+    def end() -> None:
+        if ctx.rank == args["rank"]:
+            with open(args["when"], "w") as file:
+                file.write(str(time.time()))
+            if args["how"] == "raise what is not JSON":
+                raise urllib.error.URLError(OSError("exploded"))
+            if args["how"] == "raise what nobody catches":
+                raise KeyboardInterrupt("exploded")
+            if args["how"] == "exit":
+                os._exit(0)
+            os.kill(os.getpid(), getattr(signal, args["how"]))
+
+    on_epoch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: end() if epoch == 1 else None)
+    found = trains_asynchronously({}, ctx, callbacks=[on_epoch])
+    if args.get("meet") and ctx.job_name != "ps":
+        ctx.communicator.barrier()
+    return found
+
+
+def dies_before_training(args: int, ctx: Any) -> Any:
+    """Be killed on one rank before it has met its servers, while the others train."""
+    if ctx.rank == args:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trains_asynchronously({}, ctx)
+
+
+def dies_beside_its_servers(args: int, ctx: Any) -> Any:
+    """Be killed on one rank once it has met its servers, and train nothing on the others."""
+    import keras
+
+    optimizer = keras.optimizers.SGD(0.1)
+    if ctx.job_name == "ps":
+        return ctx.parameter_server(optimizer)
+    ctx.distributed_optimizer(optimizer, mode="async")
+    if ctx.rank == args:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ctx.rank
+
+
+def protocols_of_servers(args: Any, ctx: Any) -> Any:
+    """Return by which protocol each server is reached."""
+    import keras
+
+    optimizer = keras.optimizers.SGD(0.1)
+    if ctx.job_name == "ps":
+        return ctx.parameter_server(optimizer)
+    ctx.distributed_optimizer(optimizer, mode="async")
+    return [communicator.protocol for communicator in optimizer._sparktf_client.communicators]
 
 
 def server_dies(args: str, ctx: Any) -> None:

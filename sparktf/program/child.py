@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from sparktf.cluster.job import GRPC
 from sparktf.cluster.leash import die_with_parent
-from sparktf.errors import NodeError
+from sparktf.errors import NodeError, lost_peer
 from sparktf.program import wire
 from sparktf.program.context import Context
 from sparktf.program.job import ProgramJob
@@ -40,7 +40,7 @@ def main(frames: int, descriptors: int, result: int) -> int:
     try:
         with os.fdopen(result, "wb") as file:
             _run(link, told, file)
-    except (Exception, SystemExit) as error:  # whatever the user's function raises goes to the task
+    except BaseException as error:  # whatever the user's function raises goes to the task
         _tell_failure(link, error)
         return 1
     _flush()
@@ -71,7 +71,7 @@ def _run(link: TaskLink, told: dict[str, Any], result: BinaryIO) -> None:
             os.environ["TF_CONFIG"] = roles.tf_config(rank, addresses)
         if job.cluster and rank in roles.compute_ranks:
             communicator = connect(
-                "auto" if job.protocol == GRPC else job.protocol,
+                job.data_transport,
                 rank=rank,
                 size=roles.num_workers,
                 exchange=lambda payload: link.exchange(payload, roles.compute_ranks, "communicator"),
@@ -86,7 +86,7 @@ def _run(link: TaskLink, told: dict[str, Any], result: BinaryIO) -> None:
             function, args = cloudpickle.loads(job.program)
             try:
                 value = _call(function, args, context)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 named = taken_port(error, port, addresses[rank]) if addresses else None
                 # Before the others are told, whose tasks would end this one's as well.
                 _tell_failure(link, named.with_traceback(error.__traceback__) if named is not None else error)
@@ -156,8 +156,7 @@ def _described(error: BaseException) -> dict[str, Any]:
         "kind": f"{type(error).__module__}.{type(error).__qualname__}",
         "message": str(error),
         "traceback": "".join(traceback.format_exception(type(error), error, frames)),
-        "peer": getattr(error, "peer", None),
-        "reason": getattr(error, "reason", ""),
+        **lost_peer(error),
     }
 
 

@@ -180,11 +180,11 @@ class Context:
         With ``mode="sync"`` it applies the mean of all workers' gradients. Every worker takes the same number of steps,
         on batches of the same size where the mean is to be that of the rows (``drop_remainder`` or ``pad`` of
         `dataset`). With ``mode="async"`` each worker goes at its own pace: it sends gradients to the run's parameter
-        servers, which run `parameter_server`, and takes their newest weights. ``fit`` ends on all workers together,
-        with the same weights; a loop of your own calls ``optimizer.finalize_variable_values(variables)`` for that.
+        servers (`parameter_server`) and takes their newest weights; one that is killed, other than the chief, does not
+        end the run. ``fit`` ends on all workers together, with the same weights; a loop of your own calls
+        ``optimizer.finalize_variable_values(variables)`` for that.
 
-        Works in Keras's ``fit`` and in custom loops. XLA cannot hold either: where ``jit_compile`` is left to Keras it
-        is off.
+        Works in ``fit`` and in custom loops. XLA cannot hold either: where ``jit_compile`` is left to Keras it is off.
 
         Parameters
         ----------
@@ -212,7 +212,7 @@ class Context:
     def parameter_server(self, optimizer: Any) -> Any:
         """Serve a part of the model's variables until the workers are done; for nodes whose ``job_name`` is ``"ps"``.
 
-        Which variables there are, and their first values, the workers say.
+        Which variables and tables there are, and their first values, the workers say.
 
         Parameters
         ----------

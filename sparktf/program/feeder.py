@@ -153,6 +153,13 @@ class Feeder:
         self._left = True
         self.close()
 
+    def lose(self, board: Board) -> None:
+        """Note that the child is lost: what it has asked for is nobody's any more."""
+        self._asked = self._given
+        # Else it might be the first that has asked, who is to tell what is wrong with the rows.
+        board.mine.wants = 0
+        self.leave()
+
     def spool(self, board: Board, alive: Callable[[], None]) -> None:
         """Spool as many pieces as any rank's child has asked for.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import threading
@@ -18,7 +19,9 @@ from sparktf.program.feeds import plan_error
 from sparktf.program.job import ProgramJob
 from sparktf.program.output import OutputPrinter
 from sparktf.program.roles import Roles
-from sparktf.program.task import DIGEST, RESULT, program_task
+from sparktf.program.task import DIGEST, LOST, RESULT, program_task
+
+_LOG = logging.getLogger("sparktf.program")
 
 # Between two attempts to cancel a run's Spark jobs.
 _CANCEL_SECONDS = 1.0
@@ -140,6 +143,14 @@ def _results(outcome: Outcome, roles: Roles, paths: Mapping[int, str]) -> list[A
     if in_files - outcome.received and outcome.failure is not None:
         # A file did not arrive here, whatever its node believes: the driver's disk is full, say.
         raise _failure(outcome, roles)
+    for rank, rows in found.items():
+        if rows[0]["name"] == LOST:
+            _LOG.warning(
+                "%s was lost: its process ended before main returned (%s). The others went on without it; its result "
+                "is None.",
+                roles.describe(rank).capitalize(),
+                bytes(rows[0]["payload"]).decode(),
+            )
     return [_result(found[rank], rank, outcome.received, paths[rank]) for rank in range(roles.world_size)]
 
 
@@ -150,6 +161,8 @@ def _failure(outcome: Outcome, roles: Roles) -> SparktfError:
 
 def _result(rows: Sequence[Any], rank: int, received: frozenset[int], path: str) -> Any:
     (kind,) = {row["name"] for row in rows}
+    if kind == LOST:
+        return None
     if kind == RESULT:
         pickled = b"".join(row["payload"] for row in rows)
         # From our own tasks, through Spark; a node that was stopped returned nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sparktf.cluster.job import Job
+from sparktf.cluster.job import GRPC, Job
 from sparktf.data.columns import ColumnSpec
 from sparktf.program.roles import Roles
 
@@ -46,3 +46,8 @@ class ProgramJob(Job):
     def transport(self) -> str:
         """The protocol of the tasks' communicator: a few bytes now and then, which any network carries."""
         return "tcp"
+
+    @property
+    def data_transport(self) -> str:
+        """The protocol of the program's own communicators: between workers, and with parameter servers."""
+        return "auto" if self.protocol == GRPC else self.protocol

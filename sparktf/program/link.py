@@ -54,8 +54,8 @@ class TaskLink:
     def fail(self, told: dict[str, Any]) -> None:
         """Send what main has failed with; the first time counts."""
         if not self._failed:
-            self._failed = True
             self.tell(wire.ERROR, told)
+            self._failed = True
 
     def exchange(self, payload: bytes, members: Sequence[int], name: str) -> list[bytes]:
         """Give every one of some ranks what all of them put in, ordered as `members`.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import select
-import socket
 import time
 from typing import Any
 
@@ -19,7 +17,7 @@ from sparktf.program.feeder import Feeder
 from sparktf.program.job import ProgramJob
 from sparktf.program.output import OutputForwarder
 from sparktf.program.process import ChildProcess
-from sparktf.program.roles import EVALUATOR, PS
+from sparktf.program.roles import EVALUATOR, PS, WORKER
 from sparktf.transport import Communicator
 from sparktf.transport.framing import recv_frame, send_frame
 
@@ -51,6 +49,11 @@ class Node:
     feeder : Feeder
     tensorboard : TensorBoard, optional
         That runs beside this node.
+
+    Attributes
+    ----------
+    lost : str or None
+        How the child was lost, where the others went on without it.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Node:
         self._feeder, self._tensorboard = feeder, tensorboard
         self._output = OutputForwarder(child.outputs, control, job.roles.describe(self._rank))
         self._exchange: str | None = None
-        self._news = self._failed = False
+        self._news = self._failed = self._paired = False
+        self.lost: str | None = None
         self._stop_at: float | None = None
         self._returned_at: float | None = None
         self._met_at = self._told_at = self._progress_at = self._measured_at = time.monotonic()
@@ -189,6 +193,8 @@ class Node:
             self._output.report(json.loads(payload))
         elif kind == wire.SERVING:
             self._board.mine.state = SERVING
+        elif kind == wire.PAIRED:
+            self._paired = True
         elif kind == wire.RESULT:
             self._board.mine.state = DONE
             self._returned_at = time.monotonic()
@@ -207,16 +213,30 @@ class Node:
     def _lost(self) -> None:
         """Say what became of a child that has closed its end without a word."""
         self._output.drain(_EXIT_SECONDS, self._ended)
-        status = self._child.status()
         if self._stop_at is not None:
             # What was told to stop may end as it likes.
             self._news = True
             self._board.mine.state = DONE
             return
-        how = "closed its connection" if status is None else f"exit status {status}"
-        if status is not None and status < 0:
-            how = f"killed by signal {-status}" + (", perhaps for its memory" if status == -9 else "")
-        raise NodeError(f"the program's process ended before main returned ({how})", self._rank)
+        # A chief cannot be spared: a program gets its result from it, and has it save the model.
+        if self._paired and self._role == WORKER and self._killed():
+            self._go_on_without(self._child.end())
+            return
+        raise NodeError(f"the program's process ended before main returned ({self._child.end()})", self._rank)
+
+    def _go_on_without(self, how: str) -> None:
+        """Let the others go on: servers have seen for themselves that this worker is lost; for tasks it is done."""
+        self.lost = how
+        self._output.show("stderr", [f"lost ({how}); the others go on"])
+        self._board.mine.state, self._exchange = DONE, None
+        self._feeder.lose(self._board)
+        # What it has started may be there still.
+        self._returned_at = time.monotonic()
+
+    def _killed(self) -> bool:
+        # One that has ended by itself, if without a word, has failed.
+        status = self._child.status()
+        return status is not None and status < 0
 
     def _ended(self) -> bool:
         return self._child.status() is not None
@@ -271,10 +291,7 @@ class Node:
         if (piece := self._feeder.answer(self._board)) is not None:
             told, spools = piece
             descriptors = [fd for spool in spools for fd in spool.fds()]
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for start in range(0, len(descriptors), wire.DESCRIPTORS):
-                    part = descriptors[start : start + wire.DESCRIPTORS]
-                    socket.send_fds(self._child.descriptors, [b"."], part)
+            self._child.send_descriptors(descriptors)
             for spool in spools:
                 spool.close()
             self._send(wire.ANSWER, json.dumps({**told, "descriptors": len(descriptors)}).encode())

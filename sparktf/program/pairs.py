@@ -45,7 +45,7 @@ def connect_servers(job: ProgramJob, link: TaskLink, rank: int, host: str) -> li
     def exchange(payload: bytes, pair: Pair) -> list[bytes]:
         return link.exchange(payload, pair, f"pair {pair[0]} {pair[1]}")
 
-    return connect_pairs(job, rank, roles.compute_ranks, servers, exchange, host)
+    return connect_pairs(job, rank, roles.compute_ranks, servers, exchange, host, job.data_transport)
 
 
 def check_mode(mode: str, max_staleness: Any) -> None:

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, BinaryIO, Self
+
+from sparktf.program import wire
 
 _TERMINATE_SECONDS = 2.0
 
@@ -76,9 +78,24 @@ class ChildProcess:
         """The process's id, which is its group's and its session's as well."""
         return self._process.pid
 
+    def send_descriptors(self, descriptors: Sequence[int]) -> None:
+        """Send open files; one that is gone gets none."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for start in range(0, len(descriptors), wire.DESCRIPTORS):
+                socket.send_fds(self.descriptors, [b"."], list(descriptors[start : start + wire.DESCRIPTORS]))
+
     def status(self) -> int | None:
         """Return the exit status, negative for a signal; None while it runs."""
         return self._process.poll()
+
+    def end(self) -> str:
+        """Return, in words, how the process ended, or that it has only closed its connection."""
+        status = self.status()
+        if status is None:
+            return "closed its connection"
+        if status >= 0:
+            return f"exit status {status}"
+        return f"killed by signal {-status}" + (", perhaps for its memory" if status == -signal.SIGKILL else "")
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the processes of the child's session have used so far."""

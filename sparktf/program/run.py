@@ -72,8 +72,9 @@ def run(
         Nothing is shuffled, so that a program that leaves ``ctx.batches(..., stream=True)`` early leaves the rest of
         the data unread; shares are as large as the partitions. Else the rows are dealt out evenly first.
     protocol : {"auto", "tcp", "shm", "rdma", "grpc"}
-        Of ``ctx.communicator`` and ``ctx.distributed_optimizer``; ``"grpc"``: gradients go over TensorFlow's own ring,
-        which takes the process's one TensorFlow cluster. What a program does with ``tf.distribute`` by itself always
+        Of ``ctx.communicator``, ``ctx.distributed_optimizer`` and the way to parameter servers; ``"grpc"``: gradients
+        go over TensorFlow's own ring, which takes the process's one TensorFlow cluster, and servers are reached as by
+        ``"auto"``. What a program does with ``tf.distribute`` by itself always
         goes over TensorFlow's gRPC.
     compression : {"none", "bf16"}
         Of gradients between machines.
@@ -96,7 +97,9 @@ def run(
     Returns
     -------
     list
-        What `main` returned on each node, by rank; None for nodes that were stopped. With ``wait=False`` a `RunHandle`.
+        What `main` returned on each node, by rank; None for nodes that were stopped, and for workers that were lost
+        while they trained on parameter servers, of each of which a logged warning tells. With ``wait=False`` a
+        `RunHandle`.
 
     Raises
     ------

@@ -26,7 +26,7 @@ from sparktf.program.node import Node
 from sparktf.program.process import ChildProcess
 from sparktf.transport import Communicator
 
-RESULT, DIGEST = "result", "digest"
+RESULT, DIGEST, LOST = "result", "digest", "lost"
 _TENSORBOARD_SECONDS = 60.0
 
 
@@ -42,7 +42,8 @@ def program_task(batches: Iterable[Any], job: ProgramJob) -> Iterator[Any]:
     Yields
     ------
     pyarrow.RecordBatch
-        What main returned, pickled; or, of what is large, the digest of the file that the driver has.
+        What main returned, pickled; or, of what is large, the digest of the file that the driver has; or how the node's
+        process was lost, where the others went on without it.
 
     Raises
     ------
@@ -93,6 +94,9 @@ def supervise(
             # Meanwhile the child imports TensorFlow.
             control.progress({"tensorboard": tensorboard.wait()})
         node.run()
+        if node.lost is not None:
+            # It may have been lost while it wrote its result.
+            return [(LOST, 0, node.lost.encode())]
         return _deliver(result, job, control)
 
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sparktf.errors import ParamError
+from sparktf.program import wire
 from sparktf.program.job import ProgramJob
 from sparktf.program.link import TaskLink
 from sparktf.program.pairs import check_mode, connect_servers
@@ -61,7 +62,9 @@ class Training:
             raise ParamError("Expected one optimizer with mode='async' in a program, received a second one.")
         check_optimizer(optimizer)
         client = ParameterClient(self._pairs(), self._rank, max_staleness, compression)
-        return push_and_pull(optimizer, self._closing.enter_context(client))
+        # Before, servers wait for this node to meet them.
+        self._link.tell(wire.PAIRED)
+        return push_and_pull(optimizer, self._closing.enter_context(client), closing=self._closing)
 
     def serve_parameters(self, optimizer: Any) -> Any:
         """Be a parameter server; see `Context.parameter_server`."""
