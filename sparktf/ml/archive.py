@@ -16,6 +16,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
+from sparktf.distribute.custom_objects import resolved, why_missing
 from sparktf.errors import PersistenceError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class ModelArchive:
         Parameters
         ----------
         custom_objects : mapping, optional
-            Classes and functions by registered name, in addition to Keras's registry.
+            Classes and functions by registered name, in addition to Keras's registry; or as a job carries them.
         compile : bool
             Restore loss, metrics and the optimizer's state.
         safe_mode : bool
@@ -199,18 +200,18 @@ def _load_keras(path: str, objects: Mapping[str, Any] | None, compile: bool, saf
             # A model that was compiled but never trained has an optimizer without state; nothing is lost.
             warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
             return keras.saving.load_model(
-                path, custom_objects=dict(objects or {}) or None, compile=compile, safe_mode=safe_mode
+                path, custom_objects=resolved(objects or {}) or None, compile=compile, safe_mode=safe_mode
             )
     except (TypeError, ValueError, KeyError, ImportError, AttributeError) as exc:
-        raise PersistenceError(f"Keras cannot rebuild the model: {_advice(exc)}") from exc
+        raise PersistenceError(f"Keras cannot rebuild the model: {_advice(exc, objects or {})}") from exc
 
 
-def _advice(exc: Exception) -> str:
+def _advice(exc: Exception, objects: Mapping[str, Any]) -> str:
     """Return what Keras said, in short, and what to do about it."""
     text = str(exc).strip()
     # Keras has no exception classes for these two; its words are all there is to tell them by.
     if missing := re.search(r"Could not locate (class|function) '([^']+)'", text):
-        return (
+        return why_missing(missing[2], objects) or (
             f"the {missing[1]} {missing[2]!r} is not registered with Keras in this process. Decorate it with "
             "@keras.saving.register_keras_serializable() and import its module before loading"
         )

@@ -157,7 +157,7 @@ def _check_paths(spark: SparkSession, job: ScoreJob) -> None:
     for name, path in (("--model", job.model), ("--input", job.input)):
         if not _exists(spark, path):
             raise ParamError(f"{name} {path} does not exist.")
-    if not job.overwrite and _exists(spark, job.output):
+    if not job.overwrite and _taken(spark, job.output):
         raise ParamError(f"--output {job.output} exists already; choose another path, or give --overwrite.")
 
 
@@ -190,6 +190,12 @@ def _exists(spark: SparkSession, path: str) -> bool:
     return matches is not None and len(matches) > 0
 
 
+def _taken(spark: SparkSession, path: str) -> bool:
+    # Spark's writers take a path as it is: "scored[2026]" is a name.
+    system, hadoop_path = _hadoop(spark, path)
+    return bool(system.exists(hadoop_path))
+
+
 def _delete(spark: SparkSession, path: str) -> None:
     system, hadoop_path = _hadoop(spark, path)
     system.delete(hadoop_path, True)
@@ -202,7 +208,7 @@ def _rename(spark: SparkSession, source: str, target: str) -> None:
 
 
 def _move_into_place(spark: SparkSession, temporary: str, output: str) -> None:
-    if not _exists(spark, output):
+    if not _taken(spark, output):
         _rename(spark, temporary, output)
         return
     # The old output stays until the new one is in its place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pyspark.ml import Estimator
 from sparktf.cluster.connect import check_returnable, result_limit
 from sparktf.cluster.job import GRPC, Payload, Program
 from sparktf.cluster.launch import check_nodes, run_training, temporary_directory
-from sparktf.cluster.pickling import pickled
+from sparktf.cluster.pickling import pickled, portable
 from sparktf.cluster.preflight import is_connect
 from sparktf.distribute.buckets import gradient_bytes
 from sparktf.distribute.checks import loss_reduction
@@ -36,6 +37,8 @@ from sparktf.ml.summary import summarize
 if TYPE_CHECKING:
     import keras
     from pyspark.sql import DataFrame, SparkSession
+
+_LOG = logging.getLogger("sparktf.ml")
 
 
 class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
@@ -155,7 +158,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
         with temporary_directory() as directory, self._payload(dataset.sparkSession) as payload:
             result = run_training(
                 spread_rows(dataset, feed, self.getNumWorkers(), self._servers()),
-                self._program(objects, feed),
+                self._program(portable(objects), feed),
                 payload,
                 FitSettings(self.getBatchSize(), self.getEpochs(), self.getShuffle(), self.getSeed()),
                 world_size=self.getNumWorkers() + self._servers(),
@@ -173,6 +176,7 @@ class TFEstimator(Estimator[TFModel], _TFEstimatorParams, EstimatorPersistence):
             )
             trained = ModelArchive.from_file(result.model_path, move=True)
         summary = summarize(result, time.monotonic() - started)
+        _LOG.info("gradients went over %s: %s", summary.protocol, summary.protocolReason)
         fitted = TFModel._create(trained, uid=self.uid, summary=summary, custom_objects=objects)
         return self._copyValues(fitted)
 

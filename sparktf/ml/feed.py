@@ -98,24 +98,42 @@ class Feed:
         return pack, self._pack_labels(model)
 
     def _pack_labels(self, model: keras.Model) -> Callable[[dict[str, Any]], Any]:
+        known, wanting = output_names(model), _outputs_with_loss(model)
+        by_target = {str(c.target): c.name for c in self.labels}
         if len(self.labels) == 1 and self.labels[0].target is None:
-            if len(wanting := _outputs_with_loss(model)) > 1:
+            if len(wanting) > 1:
                 raise ParamError(
                     f"Expected labelMapping for a model with losses on {len(wanting)} outputs ({', '.join(wanting)}), "
                     f"received only labelCol={self.labels[0].source!r}."
                 )
-            return _single(self.labels[0].name)
-        by_target = {str(c.target): c.name for c in self.labels}
-        known = output_names(model)
+            if len(known) < 2 or not wanting or _computes_loss_itself(model):
+                return _single(self.labels[0].name)
+            by_target = {wanting[0]: self.labels[0].name}
         unknown = sorted(set(by_target) - set(known)) if known else []
         if unknown:
             raise ParamError(
                 f"labelMapping: expected outputs of the model, {', '.join(known)}; received {', '.join(unknown)}."
             )
+        if len(set(wanting)) < len(wanting):
+            raise ParamError(
+                "labelMapping: expected a name of its own for every output with a loss, received "
+                f"{', '.join(wanting)}. Let the model give a dict of outputs."
+            )
         structure = _structure(model, "outputs")
         if structure is not None and len(by_target) == len(known):
             return _like(structure, [by_target[name] for name in known])
-        return _by_key(by_target)
+        if structure is None or not wanting or _computes_loss_itself(model):
+            return _by_key(by_target)
+        unlabelled = [name for name in known if name not in by_target]
+        wanted = {**dict.fromkeys(_outputs_with_metrics(model, known), "metric"), **dict.fromkeys(wanting, "loss")}
+        if missing := [f"{name} (a {wanted[name]})" for name in unlabelled if name in wanted]:
+            raise ParamError(
+                f"Expected a label for every output with a loss or metric, received none for {', '.join(missing)}. "
+                "Name its column in labelMapping."
+            )
+        # Keras pairs labels with outputs by their places where some have none. Nothing looks at those that fill up.
+        spare = next(iter(by_target.values()))
+        return _like(structure, [by_target.get(name, spare) for name in known])
 
 
 def model_inputs(model: keras.Model) -> tuple[TensorSpec, ...]:
@@ -133,14 +151,34 @@ def output_names(model: keras.Model) -> list[str]:
 
 
 def _outputs_with_loss(model: keras.Model) -> list[str]:
+    """Return the names of the outputs with a compiled loss, one as often as several have it."""
+    from sparktf.ml.signature import output_losses
+
+    names = output_names(model)
+    return [name for name, loss in zip(names, output_losses(model), strict=True) if loss is not None] if names else []
+
+
+def _computes_loss_itself(model: keras.Model) -> bool:
+    """Tell whether a model's own code looks at its labels, in whatever form it expects them."""
     import keras
 
-    names, loss = output_names(model), getattr(model, "loss", None)
-    if not keras.tree.is_nested(loss):
-        return names if loss is not None else []
-    if isinstance(loss, Mapping):
-        return [name for name in names if loss.get(name) is not None]
-    return [name for name, one in zip(names, keras.tree.flatten(loss), strict=False) if one is not None]
+    return any(getattr(type(model), name) is not getattr(keras.Model, name) for name in ("train_step", "compute_loss"))
+
+
+def _outputs_with_metrics(model: keras.Model, names: Sequence[str]) -> list[str]:
+    """Return the outputs that compiled metrics are for; as Keras has it, metrics in no structure are for all."""
+    # Keras has no public name for what compile was given.
+    compiled = getattr(model, "_compile_metrics", None)
+    given = [m for kind in ("metrics", "weighted_metrics") if (m := getattr(compiled, f"_user_{kind}", None))]
+    found: set[str] = set()
+    for metrics in given:
+        if isinstance(metrics, Mapping):
+            found |= {name for name in names if metrics.get(name)}
+        elif len(metrics) == len(names) > 1:
+            found |= {name for name, one in zip(names, metrics, strict=True) if one}
+        else:
+            found |= set(names)
+    return [name for name in names if name in found]
 
 
 def _input_spec(column: FeedColumn, tensor: TensorSpec | None) -> ColumnSpec:

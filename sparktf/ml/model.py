@@ -14,6 +14,7 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from sparktf.cluster.pickling import portable
 from sparktf.data.columns import ColumnSpec
 from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import ParamError, PersistenceError
@@ -205,7 +206,7 @@ class TFModel(Model, _TFModelParams, ModelPersistence):
             ColumnSpec(c.name, spec.shape, spec.dtype, c.source, nullable=_holds_nan(spec))
             for c, spec in zip(inputs, self._trained.signature.inputs, strict=True)
         ]
-        objects = self._trained.objects | custom_objects()
+        objects = portable(self._trained.objects | custom_objects())
         return ScoringTask(
             digest=archive.digest,
             archive=payload_for(archive, dataset.sparkSession),

@@ -99,7 +99,7 @@ def plan_outputs(
     Parameters
     ----------
     signature : ModelSignature
-        What the model gives, and how its first output is to be read.
+        What the model gives, and how the output that predictions come from is to be read.
     prediction, probability, raw_prediction : str
         Column names; an empty one switches the column off. The last two exist for classification only.
     mapping : dict of str to str, optional
@@ -110,13 +110,14 @@ def plan_outputs(
     ParamError
         The mapping names an output the model does not have, or two columns have one name.
     """
-    first = signature.outputs[0]
+    first = signature.outputs[signature.predicted]
     depth = 0 if signature.kind != VALUES or first.shape in ((), (1,)) else len(first.shape)
     element = "string" if first.dtype == "string" else "double"
-    fields = [OutputField(PREDICTION, prediction, PREDICTION, 0, depth, element)]
+    place = signature.predicted
+    fields = [OutputField(PREDICTION, prediction, PREDICTION, place, depth, element)]
     if signature.kind != VALUES:
-        fields.append(OutputField(PROBABILITY, probability, PROBABILITY, 0, 1, "double"))
-        fields.append(OutputField(RAW, raw_prediction, RAW, 0, 1, "double"))
+        fields.append(OutputField(PROBABILITY, probability, PROBABILITY, place, 1, "double"))
+        fields.append(OutputField(RAW, raw_prediction, RAW, place, 1, "double"))
     names = [spec.name for spec in signature.outputs]
     for name, column in (mapping or {}).items():
         if name not in names:
@@ -155,7 +156,7 @@ def to_result(
     valid : numpy.ndarray of bool or None
         Which rows have been scored; the others get nulls. None: all.
     """
-    derived = _derive(signature, outputs[0], {field.role for field in fields})
+    derived = _derive(signature, outputs[signature.predicted], {field.role for field in fields})
     arrays = []
     for field in fields:
         values = derived[field.role] if field.role != OUTPUT else outputs[field.output]
@@ -215,7 +216,7 @@ def _even_offsets(rows: int, length: int) -> pa.Array:
 def _derive(signature: ModelSignature, scores: np.ndarray, roles: set[str]) -> dict[str, np.ndarray]:
     """Return prediction, probability and rawPrediction as far as they are wanted.
 
-    ``scores`` is the first output: ``(rows, classes)``, ``(rows, 1)`` or ``(rows,)``.
+    ``scores`` is the output that predictions come from: ``(rows, classes)``, ``(rows, 1)`` or ``(rows,)``.
     """
     if signature.kind == VALUES:
         return {PREDICTION: scores}

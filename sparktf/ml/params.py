@@ -10,6 +10,7 @@ from pyspark.ml.param.shared import HasBatchSize, HasLabelCol, HasSeed, HasValid
 
 from sparktf.cluster.job import GRPC
 from sparktf.ml import converters as to
+from sparktf.ml.grid import NOT_JSON, held, taken_out
 from sparktf.ml.model_params import _TFModelParams, make_param
 from sparktf.transport import protocols
 from sparktf.transport.reduction import COMPRESSIONS
@@ -22,11 +23,11 @@ _PROTOCOLS = (*protocols(), GRPC)
 class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidationIndicatorCol, HasSeed, HasBatchSize):
     """Everything a fit must know beyond what scoring needs."""
 
-    model = make_param("model", "a compiled keras.Model; it is read, never changed.", to.keras_model)
+    model = make_param("model", "a compiled keras.Model; it is read, never changed.", held("model"))
     modelFn = make_param(
         "modelFn",
         "a function of no arguments that returns a compiled keras.Model, called on every node.",
-        to.model_function,
+        held("modelFn"),
     )
     labelMapping = make_param(
         "labelMapping",
@@ -80,7 +81,7 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
     callbacks = make_param(
         "callbacks",
         "Keras callbacks; every node runs its own copies, the given objects are not updated.",
-        to.callback_list,
+        held("callbacks"),
     )
     logDir = make_param(
         "logDir",
@@ -108,6 +109,14 @@ class _TFEstimatorParams(_TFModelParams, HasLabelCol, HasWeightCol, HasValidatio
         self._setDefault(seed=0, batchSize=32, epochs=1, shuffle=True, numWorkers=1, threadsPerWorker=0)
         self._setDefault(mode="sync", numPs=1, protocol="auto", compression="none")
         self._setDefault(verbose="auto", timeout=300.0)
+
+    def _set(self, **kwargs: Any) -> Self:
+        """Set Params by name; what stood in a search's grid is taken out of it."""
+        taken = {name: kwargs.pop(name) for name in NOT_JSON if kwargs.get(name) is not None}
+        super()._set(**kwargs)
+        for name, value in taken.items():
+            self._paramMap[self.getParam(name)] = taken_out(name, value)
+        return self
 
     def setModel(self, value: Any) -> Self:
         """Set model, a compiled keras.Model."""

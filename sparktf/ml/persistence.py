@@ -33,6 +33,7 @@ from sparktf.distribute.custom_objects import custom_objects
 from sparktf.errors import PersistenceError
 from sparktf.ml.archive import ModelArchive
 from sparktf.ml.chunks import chunk_count, read_chunks, write_chunks
+from sparktf.ml.grid import NOT_JSON
 from sparktf.ml.signature import ModelSignature
 from sparktf.ml.summary import TrainingSummary
 
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from sparktf.ml.model import TFModel
 
 FORMAT = 1
-
-# Values that are not JSON; the model is saved beside the metadata, the other two cannot be saved at all.
-_NOT_JSON = ("model", "modelFn", "callbacks")
 
 # What a saved stage holds: its archive, and sparktf's entry in the metadata.
 _Content = tuple[ModelArchive | None, dict[str, Any]]
@@ -97,7 +95,8 @@ class _Writer(MLWriter):
             The stage holds what cannot be saved.
         """
         archive, entry = self._prepared or self._prepare()
-        params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in _NOT_JSON}
+        # Of these a model is saved beside the metadata, the others cannot be saved at all.
+        params = {p.name: v for p, v in self.stage._paramMap.items() if p.name not in NOT_JSON}
         DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, {"sparktf": entry}, params)
         if archive is not None:
             write_chunks(self.sparkSession, archive, os.path.join(path, "archive"))

@@ -53,7 +53,7 @@ class ScoringTask:
     batch_size : int
         Rows in one forward pass, at most.
     custom_objects : mapping
-        Keras's registry of the driver.
+        Keras's registry of the driver, as `sparktf.cluster.pickling.portable` gives it.
     saved_signature : str
         Which signature of a SavedModel to call.
     objects_digest : str
@@ -144,8 +144,9 @@ def load_forward(task: ScoringTask) -> Forward:
         return _models[key]
     tf = import_tensorflow(_task_threads())
     archive = ModelArchive.from_pieces(task.archive.pieces())
+    # Closed on failure above all: its traceback holds the archive, and Spark ends such a worker without clearing up.
     # What Keras has to say about a model, it has said to the user who made it.
-    with warnings.catch_warnings():
+    with contextlib.closing(archive), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         build = _keras_forward if archive.kind == KERAS else _saved_forward
         forward = build(tf, archive, task)

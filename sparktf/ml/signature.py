@@ -6,7 +6,7 @@ are those of one row: the batch dimension is left out, an open dimension is None
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,7 +44,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """Inputs, outputs, and how the first output is to be read.
+    """Inputs, outputs, and how the output that predictions come from is to be read.
 
     Parameters
     ----------
@@ -55,12 +55,15 @@ class ModelSignature:
         as they are (regression, and whatever the loss does not tell).
     logits : bool
         The scores are logits, not probabilities.
+    predicted : int
+        The place among the outputs of the one that predictions come from: the first with a loss.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     kind: str = VALUES
     logits: bool = False
+    predicted: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the signature as JSON-able values."""
@@ -74,7 +77,7 @@ class ModelSignature:
             return tuple(TensorSpec(i["name"], tuple(i["shape"]), i["dtype"]) for i in items)
 
         inputs, outputs = specs(values["inputs"]), specs(values["outputs"])
-        return cls(inputs, outputs, str(values["kind"]), bool(values["logits"]))
+        return cls(inputs, outputs, str(values["kind"]), bool(values["logits"]), int(values.get("predicted", 0)))
 
     @classmethod
     def of(cls, model: keras.Model) -> Self:
@@ -85,15 +88,16 @@ class ModelSignature:
         PersistenceError
             The model was never built, so that its shapes are not known.
         """
-        inputs, outputs = input_specs(model), output_specs(model)
-        structure = _outputs(model)
-        if isinstance(structure, Mapping) and set(structure) == {spec.name for spec in outputs}:
-            # Predictions come from the first output: the first that the model's author wrote.
-            outputs = tuple(sorted(outputs, key=lambda spec: list(structure).index(spec.name)))
-        loss = _loss_of(model, outputs[0].name)
-        kind, from_logits = _classify(loss, outputs[0].shape)
-        activation = last_activation(model, outputs[0].name)
-        return cls(inputs, outputs, kind, from_logits and activation not in _PROBABILITIES)
+        specs, losses = output_specs(model), output_losses(model)
+        structure, order = _outputs(model), list(range(len(specs)))
+        if isinstance(structure, Mapping) and set(structure) == {spec.name for spec in specs}:
+            order.sort(key=lambda place: list(structure).index(specs[place].name))
+        # Of the outputs with a loss the first that the model's author wrote.
+        chosen = next((place for place in order if losses[place] is not None), order[0])
+        kind, from_logits = _classify(losses[chosen], specs[chosen].shape)
+        is_logits = from_logits and last_activation(model, chosen) not in _PROBABILITIES
+        outputs = tuple(specs[place] for place in order)
+        return cls(input_specs(model), outputs, kind, is_logits, order.index(chosen))
 
 
 def input_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
@@ -121,23 +125,22 @@ def output_specs(model: keras.Model) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, _row_shape(t.shape), _dtype(t)) for name, t in named)
 
 
-def last_activation(model: keras.Model, output: str = "") -> str:
+def last_activation(model: keras.Model, place: int = 0) -> str:
     """Return the name of the activation that makes an output; ``""`` where it cannot be seen.
 
     Parameters
     ----------
     model : keras.Model
-    output : str
-        The output's name; the first one where there is none of that name.
+    place : int
+        The output's, in the order of `output_specs`.
     """
-    tensors = _named(_outputs(model)) if getattr(model, "outputs", None) else []
-    chosen = [tensor for name, tensor in tensors if name == output] or [tensor for _, tensor in tensors]
-    history = getattr(chosen[0], "_keras_history", None) if chosen else None
+    tensors = [tensor for _, tensor in _named(_outputs(model))] if getattr(model, "outputs", None) else []
+    history = getattr(tensors[place], "_keras_history", None) if place < len(tensors) else None
     if history is None:
         return ""
     operation = history.operation
     if getattr(operation, "outputs", None) and hasattr(operation, "layers"):
-        return last_activation(operation)
+        return last_activation(operation, history.tensor_index)
     activation = getattr(operation, "activation", None)
     if activation is not None:
         return str(getattr(activation, "__name__", type(activation).__name__)).lower()
@@ -202,14 +205,35 @@ def _dtype(tensor: Any) -> str:
     return str(getattr(tensor.dtype, "name", tensor.dtype))
 
 
-def _loss_of(model: keras.Model, output: str) -> Any:
-    """Return the first output's loss as the user gave it to ``compile``, None where there is none."""
+def output_losses(model: keras.Model) -> list[Any]:
+    """Return each output's loss as the user gave it to ``compile``, None where it has none.
+
+    In the order of `output_specs`: several outputs may have the same name.
+    """
+    import keras
+
+    structure = _outputs(model)
+    paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
     loss = getattr(model, "loss", None) if getattr(model, "compiled", False) else None
-    if isinstance(loss, Mapping):
-        return loss.get(output, next(iter(loss.values())) if len(loss) == 1 else None)
-    if isinstance(loss, list | tuple):
-        return loss[0] if loss else None
-    return loss
+    if not keras.tree.is_nested(loss):
+        return [loss] * len(paths)
+    flat = keras.tree.flatten(loss)
+    if isinstance(loss, Mapping) and len(paths) > 1:
+        if isinstance(structure, Mapping):
+            return [_at(loss, path) for path in paths]
+        return [loss.get(spec.name) for spec in output_specs(model)]
+    # Keras asks for no name where there is one output.
+    return [flat[place] if place < len(flat) else None for place in range(len(paths))]
+
+
+def _at(given: Any, path: Sequence[Any]) -> Any:
+    """Follow a path into what was given for a structure of outputs; what is given for a part counts for all of it."""
+    for key in path:
+        if isinstance(given, Mapping):
+            given = given.get(key)
+        elif isinstance(given, list | tuple):
+            given = given[key] if key < len(given) else None
+    return given
 
 
 def _classify(loss: Any, shape: tuple[int | None, ...]) -> tuple[str, bool]:

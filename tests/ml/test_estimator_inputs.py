@@ -138,6 +138,23 @@ def test_text_and_bytes_feed_models_that_begin_with_preprocessing(frame: DataFra
 
 
 @in_both_modes
+@pytest.mark.parametrize("rows", [5, 1], ids=["a rank that runs out of rows", "a rank without rows"])
+def test_models_that_refuse_made_up_values_idle_on_a_real_row(spark: Any, rows: int, mode: dict[str, Any]) -> None:
+    # No place for any other word, an empty one neither.
+    lookup = keras.layers.StringLookup(vocabulary=["a", "b"], num_oov_indices=0, output_mode="one_hot")
+    model = keras.Sequential([keras.Input((1,), dtype="string"), lookup, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    words = ["a", "b", "b", "a", "a"][:rows]
+    frame = spark.createDataFrame([(word, float(word == "a")) for word in words], "features string, label double")
+    est = TFEstimator(model=model, numWorkers=2, batchSize=2, epochs=2, shuffle=False, verbose=0, timeout=60.0, **mode)
+    fitted = est.fit(frame.coalesce(1))
+    assert fitted.summary.rows == rows
+    given, labels = np.array(words, object)[:, None], np.array([float(word == "a") for word in words])
+    if rows == 1:
+        assert_equal_weights(fitted.model, trained(model, tf.constant(given), labels, epochs=2))
+
+
+@in_both_modes
 def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: DataFrame, mode: dict[str, Any]) -> None:
     entry = keras.Input((3,), name="entry")
     outputs = {"value": keras.layers.Dense(1)(entry), "pair": keras.layers.Dense(2)(entry)}
@@ -164,6 +181,36 @@ def test_labels_weights_and_held_out_rows_are_those_that_keras_is_given(frame: D
     assert (summary.rows, summary.validationRows) == (18, 6)
     for name, values in one.history.history.items():
         np.testing.assert_allclose(summary.history[name], values, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_labels_reach_their_outputs_where_some_have_no_loss(frame: DataFrame, form: str) -> None:
+    entry = keras.Input((3,), name="entry")
+    value, aux, kind = (keras.layers.Dense(1, name=name)(entry) for name in ("value", "aux", "kind"))
+    outputs: Any = {"value": value, "aux": aux, "kind": kind} if form == "dict" else [value, aux, kind]
+    losses: Any = {"value": "mse", "kind": "mae"} if form == "dict" else ["mse", None, "mae"]
+    metrics: Any = {"kind": ["mse"]} if form == "dict" else [None, None, ["mse"]]
+    model = keras.Model(entry, outputs)
+    model.compile(keras.optimizers.SGD(0.05), losses, metrics=metrics)
+    mapping = {"kind": "y", "value": "w"}
+    fitted = estimator(model, featuresCol="dense", labelMapping=mapping, epochs=2).fit(frame)
+
+    x, y = BASE[:, :3].astype("float32"), BASE[:, :1]
+    weight = 0.5 + np.arange(ROWS)[:, None] % 3
+    whole: Any = {"value": weight, "aux": y, "kind": y} if form == "dict" else [weight, y, y]
+    one = trained(model, x, whole, epochs=2)
+    assert_equal_weights(fitted.model, one)
+    for name, values in one.history.history.items():
+        np.testing.assert_allclose(fitted.summary.history[name], values, rtol=1e-4, err_msg=name)
+    with pytest.raises(ParamError, match=r"received none for kind \(a loss\)"):
+        estimator(model, featuresCol="dense", labelMapping={"value": "w", "aux": "y"}).fit(frame)
+    one_layer = keras.Model(entry, outputs)
+    one_layer.compile("sgd", "mse")
+    with pytest.raises(ParamError, match="a model with losses on 3 outputs"):
+        estimator(one_layer, featuresCol="dense", labelCol="y").fit(frame)
+    model.compile("sgd", losses, metrics=[["mae"], ["mae"], []] if form == "list" else {"aux": ["mae"]})
+    with pytest.raises(ParamError, match=r"received none for aux \(a metric\)"):
+        estimator(model, featuresCol="dense", labelMapping=mapping).fit(frame)
 
 
 @in_both_modes

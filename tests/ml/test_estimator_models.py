@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from modes import in_both_modes
 from pyspark import cloudpickle
+from pyspark.errors import PythonException
 from pyspark.sql import DataFrame
 
 from sparktf.errors import ParamError
@@ -86,6 +88,32 @@ def test_a_class_that_nodes_cannot_find_is_named(frame: DataFrame, monkeypatch: 
     model.compile("sgd", "mse")
     with pytest.raises(ParamError, match=r"Could not locate class .*register_keras_serializable.*modelFn"):
         estimator(model=model).fit(frame)
+
+
+@pytest.mark.long
+def test_what_a_library_of_the_drivers_alone_has_registered_harms_no_model_without_it(
+    frame: DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leftovers: Any
+) -> None:
+    (tmp_path / "only_the_drivers.py").write_text(
+        "import keras\n\n"
+        "@keras.saving.register_keras_serializable('drivers')\n"
+        "class Own(keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return 2 * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("only_the_drivers").Own
+    try:
+        fitted = estimator(model=classifier(), inputCols=["features"]).fit(frame)
+        assert fitted.transform(frame).count() == 50
+        # A model that needs it says what nodes lack.
+        needy = classifier(own())
+        with pytest.raises(ParamError, match=r"'Own' from the module 'only_the_drivers'.*addArtifacts"):
+            estimator(model=needy, inputCols=["features"]).fit(frame)
+        with pytest.raises(PythonException, match=r"'Own' from the module 'only_the_drivers'.*addArtifacts"):
+            TFModel.fromKeras(needy, inputCols=["features"]).transform(frame).collect()
+    finally:
+        del keras.saving.get_custom_objects()["drivers>Own"]
 
 
 @pytest.mark.long
@@ -257,3 +285,24 @@ def test_models_that_cannot_be_trained_are_refused_before_a_job(frame: DataFrame
 def test_a_function_that_makes_something_else_is_an_error_that_says_so(frame: DataFrame) -> None:
     with pytest.raises(ParamError, match="modelFn to return a compiled"):
         estimator(modelFn=lambda: "a model").fit(frame)
+
+
+def test_a_function_whose_model_cannot_be_saved_is_refused_before_it_trains(frame: DataFrame, tmp_path: Path) -> None:
+    def make() -> keras.Model:
+        class Scaled(keras.Model):
+            def __init__(self, scale: Any) -> None:
+                super().__init__()
+                self.scale, self.head = scale, keras.layers.Dense(2, activation="softmax")
+
+            def call(self, inputs: Any) -> Any:
+                return self.head(inputs * self.scale())
+
+        model = Scaled(lambda: 2.0)
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        return model
+
+    trained = tmp_path / "trained"
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: trained.touch())
+    with pytest.raises(ParamError, match="modelFn to return a model that Keras can save"):
+        estimator(modelFn=make, callbacks=[note]).fit(frame)
+    assert not trained.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,9 +13,10 @@ from modes import in_both_modes
 from pyspark.ml import Pipeline
 from pyspark.ml.evaluation import BinaryClassificationEvaluator, MulticlassClassificationEvaluator
 from pyspark.ml.feature import StandardScaler, VectorAssembler
-from pyspark.ml.tuning import CrossValidator, ParamGridBuilder, TrainValidationSplit
+from pyspark.ml.tuning import CrossValidator, CrossValidatorModel, ParamGridBuilder, TrainValidationSplit
 from pyspark.sql import DataFrame
 
+from sparktf.errors import PersistenceError
 from sparktf.ml import TFEstimator, TFModel
 
 
@@ -72,6 +74,49 @@ def test_cross_validation_with_fits_side_by_side_chooses_as_one_after_the_other(
     assert len(subs) == 4
     assert all(isinstance(sub, TFModel) for sub in subs)
     assert {(sub.summary.worldSize, sub.summary.numPs) for sub in subs} == {(workers, 2 - workers)}
+
+
+@pytest.mark.long
+def test_a_search_over_models_is_saved_with_its_grid_and_loaded_to_search_again(
+    frame: DataFrame, tmp_path: Path
+) -> None:
+    est = estimator(epochs=1)
+    models = [small(0.0001), small(0.5)]
+    search = CrossValidator(
+        estimator=est,
+        estimatorParamMaps=ParamGridBuilder().addGrid(est.model, models).build(),
+        evaluator=MulticlassClassificationEvaluator(metricName="accuracy"),
+        numFolds=2,
+        seed=1,
+        parallelism=2,
+    )
+    found = search.fit(frame)
+    found.save(f"{tmp_path}/found")
+    found.write().overwrite().save(f"{tmp_path}/found")
+    again = CrossValidatorModel.load(f"{tmp_path}/found")
+    assert again.avgMetrics == found.avgMetrics
+    assert again.transform(frame).collect() == found.transform(frame).collect()
+
+    search.save(f"{tmp_path}/search")
+    loaded = CrossValidator.load(f"{tmp_path}/search")
+    theirs = loaded.getEstimator()
+    points = [theirs.copy(point) for point in loaded.getEstimatorParamMaps()]
+    for point, model in zip(points, models, strict=True):
+        assert point.getModel().optimizer.learning_rate == model.optimizer.learning_rate
+        np.testing.assert_array_equal(point.getModel().get_weights()[0], model.get_weights()[0])
+    assert loaded.fit(frame).avgMetrics == found.avgMetrics
+
+
+@pytest.mark.parametrize("name", ["modelFn", "callbacks"])
+def test_a_search_over_python_code_says_why_it_is_not_saved(name: str, tmp_path: Path, spark: Any) -> None:
+    est = estimator()
+    values = {"modelFn": [maker(0.1)], "callbacks": [[keras.callbacks.TerminateOnNaN()]]}[name]
+    grid = ParamGridBuilder().addGrid(est.getParam(name), values).build()
+    search = CrossValidator(
+        estimator=est, estimatorParamMaps=grid, evaluator=MulticlassClassificationEvaluator(), numFolds=2
+    )
+    with pytest.raises(PersistenceError, match=f"cannot be saved with {name}: that is Python code"):
+        search.save(f"{tmp_path}/search")
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import psutil
 import pytest
+from modes import in_both_modes
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -124,9 +125,12 @@ def test_the_server_shows_a_fit_while_it_runs_and_is_stopped(
     assert where is None or [path.name for path in where.iterdir()] == ["train"]
 
 
-def test_without_the_server_the_chief_alone_logs(rows: DataFrame, tmp_path: Path, no_leftovers: Any) -> None:
+@in_both_modes
+def test_without_the_server_the_chief_alone_logs(
+    rows: DataFrame, tmp_path: Path, mode: dict[str, Any], no_leftovers: Any
+) -> None:
     held_out = rows.withColumn("held", F.col("a") < 0.3)
-    fitted = _estimator(logDir=tmp_path / "logs", validationIndicatorCol="held").fit(held_out)
+    fitted = _estimator(logDir=tmp_path / "logs", validationIndicatorCol="held", **mode).fit(held_out)
     assert fitted.summary.tensorboardUrl == ""
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["train", "validation"]
     assert len(list((tmp_path / "logs" / "train").iterdir())) == 1
@@ -139,15 +143,19 @@ def test_logging_changes_nothing_in_the_model(rows: DataFrame, tmp_path: Path) -
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_tensorboard_callback_of_the_users_takes_the_place_of_ours(rows: DataFrame, tmp_path: Path) -> None:
+@in_both_modes
+def test_a_tensorboard_callback_of_the_users_takes_the_place_of_ours(
+    rows: DataFrame, tmp_path: Path, mode: dict[str, Any]
+) -> None:
     theirs = keras.callbacks.TensorBoard(str(tmp_path / "theirs"))
-    _estimator(logDir=tmp_path / "ours", callbacks=[theirs]).fit(rows)
+    _estimator(logDir=tmp_path / "ours", callbacks=[theirs], **mode).fit(rows)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["train"]
     assert not any((tmp_path / "ours").iterdir())
 
 
-def test_a_fit_outlives_its_server_and_says_so(rows: DataFrame, no_leftovers: Any) -> None:
-    estimator = _estimator(tensorboard=True, numWorkers=1, callbacks=[KillServer()], epochs=3)
+@in_both_modes
+def test_a_fit_outlives_its_server_and_says_so(rows: DataFrame, mode: dict[str, Any], no_leftovers: Any) -> None:
+    estimator = _estimator(tensorboard=True, numWorkers=1, callbacks=[KillServer()], epochs=3, **mode)
     with pytest.warns(UserWarning, match="went on without TensorBoard.*killed by signal 9"):
         fitted = estimator.fit(rows)
     assert len(fitted.summary.history) == 3

@@ -12,7 +12,7 @@ from keras import layers
 
 from sparktf.errors import ParamError, PersistenceError
 from sparktf.ml.outputs import nested_array, plan_outputs, result_type, to_result
-from sparktf.ml.signature import ModelSignature, TensorSpec, input_specs, output_specs
+from sparktf.ml.signature import ModelSignature, TensorSpec, input_specs, output_losses, output_specs
 
 
 def sequential(*stack: keras.layers.Layer, loss: object = None, shape: tuple[int, ...] = (4,)) -> keras.Model:
@@ -69,6 +69,64 @@ def test_predictions_come_from_the_first_output_that_was_written() -> None:
     signature = ModelSignature.of(model)
     assert [spec.name for spec in signature.outputs] == ["z", "a"]
     assert signature.kind == "multiclass"
+
+
+@pytest.mark.parametrize("form", ["dict", "list"])
+def test_predictions_come_from_the_first_output_that_has_a_loss(form: str) -> None:
+    x = keras.Input((4,), name="x")
+    embedding = layers.Dense(16, name="embedding")(x)
+    classes = layers.Dense(3, activation="softmax", name="classes")(x)
+    model = keras.Model(x, {"embedding": embedding, "classes": classes} if form == "dict" else [embedding, classes])
+    model.compile(loss={"classes": SPARSE} if form == "dict" else [None, SPARSE])
+    signature = ModelSignature.from_dict(json.loads(json.dumps(ModelSignature.of(model).to_dict())))
+    assert signature.kind == "multiclass"
+    scores = [np.zeros((1, 16), np.float32), np.array([[0.1, 0.2, 0.7]], np.float32)]
+    (row,) = to_result(signature, plan_outputs(signature), scores, None).to_pylist()
+    assert (row["prediction"], len(row["probability"])) == (2.0, 3)
+
+
+def test_whether_scores_are_logits_is_seen_at_the_output_that_has_the_loss() -> None:
+    x = keras.Input((4,), name="x")
+    outputs = [layers.Dense(2, activation="softmax", name="gate")(x), layers.Dense(3, name="classes")(x)]
+    model = keras.Model(x, outputs)
+    model.compile(loss=[None, logits(keras.losses.SparseCategoricalCrossentropy)])
+    assert ModelSignature.of(model).logits
+
+
+class TwoHeads(layers.Layer):
+    """Gives class probabilities, and what Keras calls by the same name."""
+
+    def __init__(self) -> None:
+        super().__init__(name="heads")
+        self.first, self.second = layers.Dense(3, activation="softmax"), layers.Dense(3)
+
+    def call(self, x: object) -> tuple[object, object]:
+        return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize(("losses", "predicted"), [([SPARSE, None], 0), ([None, SPARSE], 1)])
+def test_outputs_of_one_name_are_told_apart_by_their_places(losses: list[object], predicted: int) -> None:
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, list(TwoHeads()(x)))
+    model.compile(loss=losses)
+    signature = ModelSignature.of(model)
+    assert (signature.kind, signature.predicted) == ("multiclass", predicted)
+
+
+def test_losses_of_nested_outputs_and_activations_of_inner_models_are_found() -> None:
+    inner_x = keras.Input((4,))
+    inner = keras.Model(inner_x, [layers.Dense(2, activation="softmax")(inner_x), layers.Dense(3)(inner_x)])
+    x = keras.Input((4,), name="x")
+    gate, classes = inner(x)
+    model = keras.Model(x, {"a": {"gate": gate, "classes": classes}, "b": layers.Dense(1)(x)})
+    model.compile(loss={"a": {"classes": logits(keras.losses.SparseCategoricalCrossentropy)}, "b": "mse"})
+    assert [loss is None for loss in output_losses(model)] == [False, True, False]
+    signature = ModelSignature.of(model)
+    assert (signature.outputs[signature.predicted].name, signature.kind) == ("classes", "multiclass")
+    assert signature.logits
+    nested = keras.Model(x, [[gate, classes], layers.Dense(1)(x)])
+    nested.compile(loss=[[None, None], "mae"])
+    assert output_losses(nested) == [None, None, "mae"]
 
 
 def test_names_of_inputs_and_outputs_are_those_keras_uses() -> None:
