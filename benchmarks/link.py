@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-NAMES, HOSTS = ("sparktf-a", "sparktf-b"), ("10.99.0.1", "10.99.0.2")
+# Of this process: those of one that was killed stay.
+NAMES, HOSTS = (f"sparktf-{os.getpid()}-a", f"sparktf-{os.getpid()}-b"), ("10.99.0.1", "10.99.0.2")
 
 
 @contextmanager

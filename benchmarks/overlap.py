@@ -2,8 +2,8 @@
 
 Two processes of one computing thread train a VGG-shaped model: most weights lie in its dense layers, whose gradients
 come first. Bucketed and whole steps alternate within one pair of processes; the ratio is taken per round, and its
-median is printed, beside the step without any communication. The two are joined by a link of 2 Gbit/s (network
-namespaces; needs root), over which communication takes about as long as the step without it.
+median is printed, beside the step without any communication. The two are joined by a link (network namespaces; needs
+root), whose rate is to be such that communication takes about half of the step with one reduce.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--inter", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dense", type=int, default=2048)
-    parser.add_argument("--gigabits", type=float, default=2.0, help="rate of the link; 0 for the loopback device")
+    parser.add_argument("--gigabits", type=float, default=5.0, help="rate of the link; 0 for the loopback device")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--directory")
