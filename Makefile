@@ -3,12 +3,12 @@
 # make test    all tests but the next three; make lint: ruff, mypy and the layering test
 # make test-long      the tests that take minutes, the notebooks and the S3 and HDFS servers among them
 # make test-rdma      the tests that need an RDMA device, on a virtual machine where there is none; some 5 minutes
-# make test-rdma-fit  a whole fit over RDMA there, and parameter servers; some 15 minutes
+# make test-rdma-fit  a whole fit over RDMA there, and parameter servers; some 15 minutes; make test-rdma-all: both
 #                     make test-rdma PYVERBS=59.0: with that pyverbs of PyPI and its rdma-core, built once, not Debian's
 # make lock    resolve the dependencies of setup.cfg anew into requirements/lock.txt
 # make notebooks   run the notebooks and keep their outputs; make bench: the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-session test-clusters test-long test-rdma test-rdma-fit lint lock notebooks bench clean
+.PHONY: help setup demo test test-session test-clusters test-long test-rdma test-rdma-fit test-rdma-all lint lock notebooks bench clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -19,8 +19,9 @@ PYTEST := $(BIN)/python -m pytest
 # Whole files of tests at the same time, each process with a Spark of its own: some 3 GB of memory each.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-# Of all scripts but the one that needs ten gigabytes of memory, and the one that boots a virtual machine.
-BENCHMARKS := $(filter-out benchmarks/large_model.py benchmarks/link.py benchmarks/rdma.py,$(wildcard benchmarks/*.py))
+# Of all scripts but those that need ten gigabytes of memory, a virtual machine or root.
+BY_HAND := $(addprefix benchmarks/,large_model.py rdma.py overlap.py pushes_over_link.py link.py)
+BENCHMARKS := $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py))
 # With TensorFlow, which takes minutes where the machine is emulated.
 RDMA_FITS := tests/rdma/test_rdma_fit.py tests/rdma/test_rdma_servers.py
 PYVERBS_OPTION := $(addprefix --pyverbs ,$(PYVERBS))
@@ -65,6 +66,11 @@ test-rdma: $(STAMP)
 test-rdma-fit: $(STAMP)
 	@$(BIN)/python tests/rdma/vm.py $(PYVERBS_OPTION) --timeout 1800 --java --memory 8G $(PYTEST) tests/rdma/test_rdma_fit.py
 	@$(BIN)/python tests/rdma/vm.py $(PYVERBS_OPTION) --timeout 1200 $(PYTEST) tests/rdma/test_rdma_servers.py
+
+# One after the other: each keeps a core busy.
+test-rdma-all: $(STAMP)
+	@$(MAKE) --no-print-directory test-rdma
+	@$(MAKE) --no-print-directory test-rdma-fit
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

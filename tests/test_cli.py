@@ -93,7 +93,8 @@ def test_a_path_that_does_not_exist_is_a_wrong_argument(
 def test_an_existing_output_is_refused_and_left_alone(
     pipeline_model: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "scored"
+    # To Spark's readers a pattern, to its writers a name.
+    output = tmp_path / "scored[2026]"
     output.mkdir()
     (output / "kept").write_text("kept")
     assert _score(pipeline_model, table, output) == 2
