@@ -23,7 +23,7 @@ from sparktf.cluster.fit_logs import FitLogs
 from sparktf.cluster.gpus import check_gpus
 from sparktf.cluster.job import GRPC, Job, Program, TrainJob
 from sparktf.cluster.preflight import check_versions, installed_versions
-from sparktf.cluster.readiness import gather_when_ready
+from sparktf.cluster.readiness import GettingReady, gather_when_ready
 from sparktf.cluster.serving import train_asynchronously
 from sparktf.cluster.spooled import SpooledNode
 from sparktf.cluster.spooling import RefusedRows, spool_partition
@@ -39,8 +39,6 @@ _LOG = logging.getLogger("sparktf.cluster")
 RESULT_SCHEMA = "rank int, name string, part int, payload binary"
 REPORT, MODEL, REFUSED = "report", "model", "refused"
 
-# Ranks that spool meet this often, in seconds.
-_MEET_SECONDS = 10.0
 # Timeouts without a word of progress after which a node ends where the driver cannot do that: as long as the driver
 # waits. Ranks that wait for another say within the timeout for which.
 _SILENCE = 1.5
@@ -217,32 +215,32 @@ def _train_on_rows(
         # This process only looks at the model: what TensorFlow takes of a GPU's memory it keeps, and Spark reuses this
         # process. The child sees the task's.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    available = start_tensorflow(threads, op_threads(threads, job.world_size, job.small_model))
-    program: Program = cloudpickle.loads(job.program)
-    interval = min(_MEET_SECONDS, job.timeout / 4)
-    with registered(program.custom_objects), FitLogs(job, program.callbacks, communicator.rank) as logs:
-        job = logs.job
-        with archive_file(None if job.archive is None else job.archive.pieces()) as path:
-            model = make_model(path, program, job.settings.seed)
-        specs = program.feed.specs(model)
-        made = time.monotonic()
-        control.alive()
-        with spool_partition(batches, specs, communicator, interval, control.alive) as spool:
-            fed = time.monotonic()
-            node = SpooledNode(specs, spool, communicator, host, threads, logs.announce(control.progress))
-            if job.num_ps:
-                told = train_asynchronously(job, model, node)
-            else:
-                fits = threads == available and not job.over_grpc and not on_gpus
-                told = _train_in_lockstep(job, program, model, node, fits)
-        told["notices"] += logs.notices
-        told |= {
-            "tensorboard": logs.url,
-            "protocol": GRPC if job.over_grpc else told.get("protocol", communicator.protocol),
-            "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else told.get("protocol_reason", communicator.reason),
-            "start_seconds": made - started,
-            "feed_seconds": fed - made,
-        }
+    with GettingReady(communicator, job.timeout, control.alive) as getting_ready:
+        available = start_tensorflow(threads, op_threads(threads, job.world_size, job.small_model))
+        program: Program = cloudpickle.loads(job.program)
+        with registered(program.custom_objects), FitLogs(job, program.callbacks, communicator.rank) as logs:
+            job = logs.job
+            with archive_file(None if job.archive is None else job.archive.pieces()) as path:
+                model = make_model(path, program, job.settings.seed)
+            specs = program.feed.specs(model)
+            made = time.monotonic()
+            control.alive()
+            with spool_partition(batches, specs, communicator, getting_ready, control.alive) as spool:
+                fed = time.monotonic()
+                node = SpooledNode(specs, spool, communicator, host, threads, logs.announce(control.progress))
+                if job.num_ps:
+                    told = train_asynchronously(job, model, node)
+                else:
+                    fits = threads == available and not job.over_grpc and not on_gpus
+                    told = _train_in_lockstep(job, program, model, node, fits)
+    told["notices"] += logs.notices
+    told |= {
+        "tensorboard": logs.url,
+        "protocol": GRPC if job.over_grpc else told.get("protocol", communicator.protocol),
+        "protocol_reason": _ASKED_FOR_GRPC if job.over_grpc else told.get("protocol_reason", communicator.reason),
+        "start_seconds": made - started,
+        "feed_seconds": fed - made,
+    }
     saved = told.pop("saved")
     return [(REPORT, 0, json.dumps(told).encode()), *(_deliver(saved, job, control) if saved else [])]
 

@@ -6,12 +6,18 @@ within the communicator's timeout.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from sparktf.distribute.group import Group
 
 # What a node may take to start, to import TensorFlow above all, beyond the job's timeout.
 START_SECONDS = 120.0
+# Ranks that get ready meet this often, in seconds, and no less often than four times within the timeout.
+_MEET_SECONDS = 10.0
 _NOT_YET, _READY = b"", b"!"
 
 
@@ -33,3 +39,75 @@ def gather_when_ready(group: Group, mine: bytes = b"", alive: Callable[[], None]
     while not all(everyones := group.all_gather_bytes(_READY + mine)):
         alive()
     return [told[len(_READY) :] for told in everyones]
+
+
+class GettingReady:
+    """Takes part in rounds, in a thread, while this rank's own thread gets ready; as a context manager around that.
+
+    TensorFlow's import, a large model and a slow query each hold a node for longer than a short timeout, and another
+    not at all: Spark has reused its Python worker, or its partition is empty.
+
+    Parameters
+    ----------
+    group : Group
+        Nobody else may use it until `ready` has returned.
+    timeout : float
+        The job's, in seconds. A rank of which nothing is heard for so long (`moved`) takes part no more, so that the
+        others find it; nor one that has not moved at all for `START_SECONDS` more.
+    alive : callable
+        Called after every round.
+    """
+
+    def __init__(self, group: Group, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
+        self._group, self._timeout, self._alive = group, timeout, alive
+        self._until = time.monotonic() + timeout + START_SECONDS
+        self._done = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._meet, name="sparktf-getting-ready", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Not joined: where this rank has failed, the round that the thread is in ends with the group.
+        self._done.set()
+
+    def moved(self) -> None:
+        """Say that this rank has got on.
+
+        Raises
+        ------
+        TransportError
+            Another rank has failed meanwhile.
+        """
+        self._until = max(self._until, time.monotonic() + self._timeout)
+        self._raise()
+
+    def ready(self) -> None:
+        """Leave the rounds to the caller, whose next is `gather_when_ready`.
+
+        Raises
+        ------
+        TransportError
+            Another rank has failed meanwhile.
+        """
+        self._done.set()
+        self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _meet(self) -> None:
+        try:
+            while not self._done.wait(min(_MEET_SECONDS, self._timeout / 4)):
+                if time.monotonic() < self._until:
+                    not_ready_yet(self._group)
+                    self._alive()
+        except Exception as error:
+            # For the rank's own thread to raise.
+            self._error = error

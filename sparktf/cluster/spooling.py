@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from sparktf.cluster.readiness import gather_when_ready, not_ready_yet
+from sparktf.cluster.readiness import GettingReady, gather_when_ready
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter
@@ -38,23 +37,21 @@ def spool_partition(
     batches: Iterable[Any],
     specs: Sequence[ColumnSpec],
     communicator: Communicator,
-    interval: float,
+    getting_ready: GettingReady,
     alive: Callable[[], None] = lambda: None,
 ) -> Spool:
     """Spool a partition while other ranks spool theirs; return once all have.
-
-    Ranks meet every `interval` seconds until all are done, so that one that is done early does not take a slow one for
-    a dead one.
 
     Parameters
     ----------
     batches : iterable of pyarrow.RecordBatch
     specs : sequence of ColumnSpec
     communicator : Communicator
-    interval : float
-        Seconds; well below the communicator's timeout.
+    getting_ready : GettingReady
+        Entered. It takes part in the ranks' rounds until this one has read its rows, so that one that is done early
+        does not take a slow one for a dead one.
     alive : callable
-        Called every `interval` seconds.
+        Called again and again while this rank waits for the others.
 
     Raises
     ------
@@ -65,14 +62,11 @@ def spool_partition(
     TransportError
         Another rank failed meanwhile.
     """
-    met = time.monotonic()
     with SpoolWriter(specs, local_directory()) as writer:
         for batch in batches:
             writer.append(batch)
-            if time.monotonic() - met > interval:
-                not_ready_yet(communicator)
-                alive()
-                met = time.monotonic()
+            getting_ready.moved()
+        getting_ready.ready()
         _check_everyones_rows(writer, specs, communicator, alive)
         return writer.finish()
 

@@ -148,8 +148,8 @@ def test_too_many_workers_fail_within_the_timeout(spark: Any, rows: Any) -> None
 
 
 def test_nodes_that_train_for_longer_than_the_timeout_are_left_alone(rows: Any) -> None:
-    slow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(2.5))
-    fitted = _estimator(inputCols=["a", "b", "c"], numWorkers=2, timeout=4.0, callbacks=[slow]).fit(rows)
+    slow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(3.5))
+    fitted = _estimator(inputCols=["a", "b", "c"], numWorkers=2, timeout=6.0, callbacks=[slow]).fit(rows)
     assert len(fitted.summary.history) == 3
 
 
