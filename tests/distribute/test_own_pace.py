@@ -183,12 +183,12 @@ def test_the_others_go_on_without_a_worker_that_is_lost(lost: int) -> None:
 
 class _Sleeping(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        time.sleep(4)
+        time.sleep(7)
 
 
 def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
     task = Task((X, Y), (20, 20), epochs=2, callbacks=lambda worker: [_Sleeping()] if worker else [])
-    done = by_workers(lambda: mlp(keras.optimizers.SGD(0.02)), task, timeout=1.5)
+    done = by_workers(lambda: mlp(keras.optimizers.SGD(0.02)), task, timeout=3.0)
     (error,) = done.servers
     assert isinstance(error, TransportTimeoutError)
     assert "worker 1" in str(error)
