@@ -52,15 +52,17 @@ class GettingReady:
     group : Group
         Nobody else may use it until `ready` has returned.
     timeout : float
-        The job's, in seconds. A rank of which nothing is heard for so long (`moved`) takes part no more, so that the
-        others find it; nor one that has not moved at all for `START_SECONDS` more.
+        The job's, in seconds, and the group's. Others give a rank up that has not `moved` for so long; at the
+        beginning, `START_SECONDS` more.
     alive : callable
         Called after every round.
     """
 
     def __init__(self, group: Group, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
-        self._group, self._timeout, self._alive = group, timeout, alive
-        self._until = time.monotonic() + timeout + START_SECONDS
+        self._group, self._alive = group, alive
+        self._interval = min(_MEET_SECONDS, timeout / 4)
+        # A rank that hangs takes part no more, and the others wait for the timeout from then on.
+        self._until = time.monotonic() + START_SECONDS
         self._done = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._meet, name="sparktf-getting-ready", daemon=True)
@@ -83,7 +85,8 @@ class GettingReady:
         TransportError
             Another rank has failed meanwhile.
         """
-        self._until = max(self._until, time.monotonic() + self._timeout)
+        # Into twice the interval falls a round.
+        self._until = max(self._until, time.monotonic() + 2 * self._interval)
         self._raise()
 
     def ready(self) -> None:
@@ -104,7 +107,7 @@ class GettingReady:
 
     def _meet(self) -> None:
         try:
-            while not self._done.wait(min(_MEET_SECONDS, self._timeout / 4)):
+            while not self._done.wait(self._interval):
                 if time.monotonic() < self._until:
                     not_ready_yet(self._group)
                     self._alive()

@@ -44,13 +44,20 @@ def test_a_rank_that_fails_before_it_is_ready_is_told_to_the_others() -> None:
     assert raised.reason == "RuntimeError: kaboom before it was ready"
 
 
-def test_a_rank_that_gets_ready_for_longer_than_the_timeout_keeps_the_others_waiting() -> None:
+@pytest.mark.parametrize("at_the_beginning", [True, False])
+def test_a_rank_that_gets_ready_for_longer_than_the_timeout_keeps_the_others_waiting(
+    monkeypatch: pytest.MonkeyPatch, at_the_beginning: bool
+) -> None:
+    if not at_the_beginning:
+        monkeypatch.setattr(readiness, "START_SECONDS", 0.0)
+
     def main(communicator: Communicator) -> tuple[list[bytes], int]:
         words: list[float] = []
         with GettingReady(communicator, TIMEOUT, lambda: words.append(time.monotonic())) as getting_ready:
-            if communicator.rank == 1:
-                time.sleep(LATE)
-                getting_ready.moved()
+            for _ in range(16 if communicator.rank == 1 else 0):
+                time.sleep(LATE / 16)
+                if not at_the_beginning:
+                    getting_ready.moved()
             getting_ready.ready()
             return gather_when_ready(communicator, bytes([communicator.rank])), len(words)
 
