@@ -181,7 +181,9 @@ class ControlServer:
             try:
                 self._listen(connection, rank)
             except TransportTimeoutError:
-                self._fail(self._silent(rank))
+                # Once a node has failed, those that stopped or hang with it have nothing to add.
+                if self.failure() is None:
+                    self._fail(self._silent(rank))
             except PeerLostError:
                 # The node vanished: a node that leaves in good order says so first.
                 if not self._closed:

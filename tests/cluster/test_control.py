@@ -143,15 +143,27 @@ def test_a_node_that_says_nothing_for_the_timeout_is_named(tmp_path: Path) -> No
 
 
 def test_of_nodes_that_have_all_come_the_silent_one_is_named(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, timeout=0.5)
+    driver = Driver(tmp_path, timeout=1.0)
     with driver.server:
-        left, silent = driver.node(0), driver.node(1)
-        left.close()
+        driver.node(0).close()
+        silent = driver.node(1)
         failure = driver.server.failure(5.0)
         assert failure is not None
         assert failure.rank == 1
-        assert "no progress for 0.5 s" in failure.message
+        assert "no progress for 1.0 s" in failure.message
         silent.close()
+
+
+def test_a_node_that_says_which_other_stopped_counts_more_than_the_stopped_ones_silence(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, timeout=1.0)
+    with driver.server:
+        stopped, tells = driver.node(1), driver.node(0)
+        tells.error("sparktf.errors.TransportTimeoutError", "all_reduce: waiting for rank 1", "a traceback")
+        # Longer than the other one's silence, for something better than a timeout.
+        failure = driver.server.failure(2.0)
+        assert failure is not None
+        assert (failure.rank, failure.message) == (0, "all_reduce: waiting for rank 1")
+        stopped.close()
 
 
 def test_a_screen_that_cannot_be_written_to_does_not_end_a_fit(driver: Driver) -> None:
