@@ -41,9 +41,9 @@ def test_what_hangs_is_interrupted_and_named_and_the_signal_given_back() -> None
 
 def test_what_goes_on_is_left_alone() -> None:
     control, words = training(), 0
-    with Watchdog(0, control, 1.0, 1.0):
+    with Watchdog(0, control, 2.0, 2.0):
         while words < 20:
-            time.sleep(0.1)
+            time.sleep(0.2)
             control.alive()
             words += 1
     # Twice as long as it may be silent, and to the end.

@@ -158,12 +158,12 @@ def test_the_end_is_told_once_with_all_that_have_finished_before_any_of_them_is_
 
 
 def test_waiting_ends_with_the_name_of_the_one_that_does_not_come() -> None:
-    gate = Gate(3, 0, lambda workers: None, timeout=0.2)
+    gate = Gate(3, 0, lambda workers: None, timeout=1.0)
     gate.push((0, 0))
     gate.push((2, 0))
     assert not gate.passed((0, 0), 0.05)
-    time.sleep(0.2)
-    with pytest.raises(TransportTimeoutError, match=r"update of worker 1 within 0\.2 s"):
+    time.sleep(1.0)
+    with pytest.raises(TransportTimeoutError, match="update of worker 1 within 1 s"):
         gate.passed((0, 0), 0.05)
 
 

@@ -126,14 +126,19 @@ def test_a_stopped_worker_is_named_after_the_timeout(frame: DataFrame, no_leftov
 
 
 class Slow(keras.callbacks.Callback):
-    """Gives a server time to be broken."""
+    """Gives a server time to be broken, and tells that training is under way."""
+
+    def __init__(self, trains: Path) -> None:
+        super().__init__()
+        self.trains = trains
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.trains.touch()
         time.sleep(0.1)
 
 
-def _breaking_server(path: str, how: int) -> Callable[[], keras.Model]:
-    """Return a modelFn that breaks the node of rank 2, which is a server, some time after it has made its model."""
+def _breaking_server(trains: Path, path: str, how: int) -> Callable[[], keras.Model]:
+    """Return a modelFn that breaks the node of rank 2, which is a server, once workers train."""
 
     def make() -> keras.Model:
         from pyspark import TaskContext
@@ -143,10 +148,13 @@ def _breaking_server(path: str, how: int) -> Callable[[], keras.Model]:
         if context is not None and context.partitionId() == 2:
 
             def end() -> None:
+                deadline = time.monotonic() + 120
+                while not trains.exists() and time.monotonic() < deadline:
+                    time.sleep(0.1)
                 Path(path).write_text(str(time.time()))
                 os.kill(os.getpid(), how)
 
-            threading.Timer(12.0, end).start()
+            threading.Thread(target=end, daemon=True).start()
         return classifier()
 
     return make
@@ -156,12 +164,12 @@ def _breaking_server(path: str, how: int) -> Callable[[], keras.Model]:
 def test_a_server_that_ends_or_hangs_is_an_error_that_names_it(
     frame: DataFrame, tmp_path: Path, how: signal.Signals, no_leftovers: Any
 ) -> None:
-    when = tmp_path / "when"
+    trains, when = tmp_path / "trains", tmp_path / "when"
     timeout = 60.0 if how == signal.SIGKILL else 12.0
     est = estimator(
         inputCols=["a", "b"],
-        modelFn=_breaking_server(str(when), how),
-        callbacks=[Slow()],
+        modelFn=_breaking_server(trains, str(when), how),
+        callbacks=[Slow(trains)],
         epochs=500,
         timeout=timeout,
     )

@@ -18,7 +18,10 @@ from sparktf.program.process import ChildProcess
 # A module's text; it runs as a child does, with three descriptors as its arguments.
 _FAMILY = """
 import subprocess, sys, time
-other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+other = subprocess.Popen(
+    [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(100)"], stdout=subprocess.PIPE
+)
+other.stdout.readline()
 print(other.pid, flush=True)
 time.sleep(100)
 """
