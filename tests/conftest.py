@@ -23,13 +23,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, settings
 
 from sparktf.session import local_session
-
-# An example that takes long says that the machine is busy, nothing else.
-settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy machine")
 
 TEMPORARY = Path(tempfile.mkdtemp(prefix="sparktf-tests-"))
 """All temporary files of this run, of Python and of Spark: what is left in it is ours."""

@@ -18,7 +18,7 @@ def spark(start_spark: Callable[..., Any]) -> Any:
         connect=True,
         **{
             # Long enough to try the client's own patience, short enough to try Spark's.
-            "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": 12,
+            "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": 8,
             "spark.driver.maxResultSize": "32m",
         },
     )

@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_the_fit_in_sparks_words_and_the_next_one_works(rows:
     started = time.monotonic()
     with pytest.raises(NodeError, match="exited unexpectedly"):
         _estimator(inputCols=["a", "b", "c"], callbacks=[_Killed(1)], numWorkers=2, timeout=200.0).fit(rows)
-    assert time.monotonic() - started < 120.0
+    assert time.monotonic() - started < 60.0
     assert len(_estimator(inputCols=["a", "b", "c"], numWorkers=2).fit(rows).summary.history) == 3
 
 
@@ -132,7 +132,7 @@ def test_a_lone_node_that_hangs_is_ended_after_the_timeout(rows: Any, params: di
     started = time.monotonic()
     with pytest.raises(NodeError, match=r"rank 0: no progress for 10 s \(timeout\)"):
         _estimator(inputCols=["a", "b", "c"], timeout=10.0, callbacks=[hangs], **params).fit(rows)
-    assert time.monotonic() - started < 120.0
+    assert time.monotonic() - started < 60.0
 
 
 def test_too_many_workers_fail_with_sparks_own_words(rows: Any) -> None:
@@ -144,12 +144,12 @@ def test_too_many_workers_fail_within_the_timeout(spark: Any, rows: Any) -> None
     started = time.monotonic()
     with pytest.raises(SlotsError, match=r"9 free task slots.*no node has started within timeout=2 s"):
         _estimator(inputCols=["a", "b", "c"], numWorkers=9, timeout=2.0).fit(rows)
-    assert time.monotonic() - started < 10.0, "Spark's own check takes twelve seconds here"
+    assert time.monotonic() - started < 7.0, "Spark's own check takes eight seconds here"
 
 
 def test_nodes_that_train_for_longer_than_the_timeout_are_left_alone(rows: Any) -> None:
-    slow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(3.5))
-    fitted = _estimator(inputCols=["a", "b", "c"], numWorkers=2, timeout=6.0, callbacks=[slow]).fit(rows)
+    slow = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: time.sleep(2.5))
+    fitted = _estimator(inputCols=["a", "b", "c"], numWorkers=2, timeout=4.0, callbacks=[slow]).fit(rows)
     assert len(fitted.summary.history) == 3
 
 

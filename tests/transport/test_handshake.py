@@ -70,8 +70,8 @@ def test_garbage_is_refused_at_once(data):
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
 
-    took, _ = accept_what(stranger, seconds=30)
-    assert took < 10
+    took, _ = accept_what(stranger)
+    assert took < 0.4
 
 
 @pytest.mark.parametrize("data", [b"", b"\x01" + (40).to_bytes(8, "big") + b"half of it"], ids=["none", "half"])

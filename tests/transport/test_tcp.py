@@ -84,7 +84,7 @@ def test_strangers_neither_block_nor_kill_the_listener():
 
     begin = time.monotonic()
     assert pair(disturbed) == [[2.0] * 3] * 2
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 3
     for stranger in strangers:
         stranger.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("sparktf-")]
@@ -108,7 +108,7 @@ def test_peers_come_through_once_strangers_that_took_all_the_room_have_timed_out
 
     begin = time.monotonic()
     assert pair(disturbed) == [[2.0] * 3] * 2
-    assert 0.5 < time.monotonic() - begin < 6
+    assert 0.5 < time.monotonic() - begin < 3
     for stranger in strangers:
         stranger.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("sparktf-")]
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_before_it_connects_is_named_long_before_the_timeout():
 
     begin = time.monotonic()
     first, second = pair(half, timeout=30.0)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 2
     assert isinstance(first, PeerLostError)
     assert first.peer == 1
     assert str(second) == "dies here"
