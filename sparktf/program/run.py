@@ -74,8 +74,7 @@ def run(
     protocol : {"auto", "tcp", "shm", "rdma", "grpc"}
         Of ``ctx.communicator``, ``ctx.distributed_optimizer`` and the way to parameter servers; ``"grpc"``: gradients
         go over TensorFlow's own ring, which takes the process's one TensorFlow cluster, and servers are reached as by
-        ``"auto"``. What a program does with ``tf.distribute`` by itself always
-        goes over TensorFlow's gRPC.
+        ``"auto"``. What a program does with ``tf.distribute`` by itself always goes over TensorFlow's gRPC.
     compression : {"none", "bf16"}
         Of gradients between machines.
     threads_per_worker : int
