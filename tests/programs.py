@@ -331,7 +331,9 @@ def trains_asynchronously(args: dict[str, Any], ctx: Any, epochs: int = 10, call
     if ctx.job_name == "ps":
         return ctx.parameter_server(optimizer)
     images, labels = load_digits(return_X_y=True)
-    training, held_out = slice(300 + ctx.rank, None, ctx.num_workers), slice(300)
+    # They come in the order of their writers: in that order, whether those of others are read is a matter of luck.
+    order = np.random.default_rng(0).permutation(len(labels))
+    training, held_out = order[300 + ctx.rank :: ctx.num_workers], order[:300]
     keras.utils.set_random_seed(ctx.rank)
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)])
     optimizer = ctx.distributed_optimizer(optimizer, mode="async", max_staleness=args.get("max_staleness"))

@@ -25,7 +25,7 @@ def test_digits_are_learned_on_a_parameter_server(spark: Any, max_staleness: int
     chief, worker, report = run(programs.trains_asynchronously, args, spark=spark, num_workers=2, num_ps=1)
     # All end with the same weights.
     assert chief == worker
-    assert chief > 0.9
+    assert chief > 0.92
     # Ten epochs of 24 batches each.
     assert report.pushes == (240, 240)
     assert report.updates == (240 if max_staleness == 0 else 480)
@@ -35,7 +35,7 @@ def test_digits_are_learned_on_a_parameter_server(spark: Any, max_staleness: int
 @pytest.mark.long
 def test_two_servers_share_the_variables(spark: Any) -> None:
     chief, first, second = run(programs.trains_asynchronously, {}, spark=spark, num_workers=1, num_ps=2)
-    assert chief > 0.9
+    assert chief > 0.92
     assert first.updates == second.updates == sum(first.pushes) > 0
 
 
@@ -110,7 +110,7 @@ def test_a_killed_worker_does_not_end_the_run_and_a_warning_names_it(
     args = _breaks(tmp_path, 1, "SIGKILL")
     chief, worker, report = run(programs.breaks_in_training, args, spark=spark, num_workers=2, num_ps=1)
     assert re.search(_LOST.format(1, 0), caplog.text)
-    assert chief > 0.9
+    assert chief > 0.92
     assert worker is None
     assert report.lost == (1,)
     # All of the chief's ten epochs of 24 batches, and one of the other's, of which a push may have been under way.
@@ -131,7 +131,7 @@ def test_workers_that_are_left_end_with_the_same_weights(spark: Any, tmp_path: P
     left = [result for rank, result in enumerate(results[:workers]) if rank != 1]
     assert results[1] is None
     assert len(set(left)) == 1
-    assert left[0] > 0.9
+    assert left[0] > 0.92
     assert all(report.lost == (1,) for report in results[workers:])
 
 
