@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparktf.cluster.readiness import GettingReady, gather_when_ready
+from sparktf.cluster.scratch import local_directory
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter
@@ -23,14 +22,6 @@ from sparktf.transport import Communicator
 
 class RefusedRows(DataError):
     """The DataFrame holds what a model cannot be trained on; raised by every rank alike, after it has read its rows."""
-
-
-def local_directory() -> str:
-    """Return one of Spark's local directories, where executors are meant to keep scratch data."""
-    for directory in os.environ.get("SPARK_LOCAL_DIRS", "").split(","):
-        if directory and os.path.isdir(directory) and os.access(directory, os.W_OK):
-            return directory
-    return tempfile.gettempdir()
 
 
 def spool_partition(

@@ -17,7 +17,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from sparktf.cluster.leash import leashed
-from sparktf.cluster.spooling import local_directory
+from sparktf.cluster.scratch import local_directory
 from sparktf.errors import ClusterError
 
 INSTALL = "pip install 'sparktf[tensorboard]'"

@@ -17,7 +17,8 @@ from typing import Any
 from sparktf.cluster.connect import check_returnable
 from sparktf.cluster.fit_logs import with_tensorboard
 from sparktf.cluster.job import Program, TrainJob
-from sparktf.cluster.spooling import agree_on_rows, local_directory, split_rows
+from sparktf.cluster.scratch import local_directory, scratch_directory
+from sparktf.cluster.spooling import agree_on_rows, split_rows
 from sparktf.cluster.stand_in import stand_in
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.spool import Spool
@@ -75,7 +76,7 @@ def archive_file(pieces: Iterable[bytes] | None) -> Iterator[str | None]:
     if pieces is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="sparktf-", dir=local_directory()) as directory:
+    with scratch_directory("sparktf-") as directory:
         path = os.path.join(directory, "model.keras")
         with open(path, "wb") as file:
             file.writelines(pieces)

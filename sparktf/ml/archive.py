@@ -81,7 +81,7 @@ class ModelArchive:
             return cls(directory, path)
 
     @classmethod
-    def from_file(cls, path: str, move: bool = False) -> Self:
+    def from_file(cls, path: str, move: bool = False, directory: str | None = None) -> Self:
         """Take a ``.keras`` file or a SavedModel directory from the local disk.
 
         Parameters
@@ -90,6 +90,8 @@ class ModelArchive:
             The file, or the directory that holds ``saved_model.pb``.
         move : bool
             Move the file instead of copying it; for large files that nobody else needs.
+        directory : str, optional
+            Where the archive's own directory is made. Default: among the machine's temporary files.
 
         Raises
         ------
@@ -106,19 +108,19 @@ class ModelArchive:
         kind = SAVED_MODEL if "saved_model.pb" in names else KERAS
         if kind == KERAS and "config.json" not in names:
             raise PersistenceError(f"expected a .keras archive at {path!r}. Received: a zip without config.json")
-        with _private_directory() as directory:
-            target = os.path.join(directory, "model.keras" if kind == KERAS else "model.zip")
+        with _private_directory(directory) as own:
+            target = os.path.join(own, "model.keras" if kind == KERAS else "model.zip")
             shutil.move(path, target) if move else shutil.copyfile(path, target)
-            return cls(directory, target, kind)
+            return cls(own, target, kind)
 
     @classmethod
-    def from_pieces(cls, pieces: Iterable[bytes]) -> Self:
-        """Take an archive's bytes, in the order of :meth:`chunks`."""
-        with tempfile.TemporaryDirectory(prefix="sparktf-received-") as directory:
-            path = os.path.join(directory, "received")
+    def from_pieces(cls, pieces: Iterable[bytes], directory: str | None = None) -> Self:
+        """Take an archive's bytes, in the order of :meth:`chunks`; `directory` as in :meth:`from_file`."""
+        with tempfile.TemporaryDirectory(prefix="sparktf-received-", dir=directory) as received:
+            path = os.path.join(received, "received")
             with open(path, "wb") as file:
                 file.writelines(pieces)
-            return cls.from_file(path, move=True)
+            return cls.from_file(path, move=True, directory=directory)
 
     @classmethod
     def _from_directory(cls, source: str) -> Self:
@@ -226,9 +228,9 @@ def _advice(exc: Exception, objects: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _private_directory() -> Iterator[str]:
+def _private_directory(parent: str | None = None) -> Iterator[str]:
     """Make a directory for its owner alone (mkdtemp's mode is 0700); keep it unless the block fails."""
-    directory = tempfile.mkdtemp(prefix="sparktf-model-")
+    directory = tempfile.mkdtemp(prefix="sparktf-model-", dir=parent)
     try:
         yield directory
     except BaseException:

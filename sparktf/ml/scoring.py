@@ -7,7 +7,6 @@ the last models it has loaded, so that a second job, and the next task, start at
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparktf.cluster.job import Payload
+from sparktf.cluster.scratch import scratch_directory
 from sparktf.cluster.threads import start_tensorflow
 from sparktf.data.arrow import ColumnReader, is_list
 from sparktf.data.blocks import Dense, Vectors
@@ -143,11 +143,10 @@ def load_forward(task: ScoringTask) -> Forward:
         _models.move_to_end(key)
         return _models[key]
     tf = import_tensorflow(_task_threads())
-    archive = ModelArchive.from_pieces(task.archive.pieces())
-    # Closed on failure above all: its traceback holds the archive, and Spark ends such a worker without clearing up.
     # What Keras has to say about a model, it has said to the user who made it.
-    with contextlib.closing(archive), warnings.catch_warnings():
+    with scratch_directory("sparktf-model-") as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        archive = ModelArchive.from_pieces(task.archive.pieces(), directory)
         build = _keras_forward if archive.kind == KERAS else _saved_forward
         forward = build(tf, archive, task)
     _models[key] = forward
@@ -211,7 +210,7 @@ def _call_structure(model: Any, signature: ModelSignature) -> Any:
 
 
 def _saved_forward(tf: Any, archive: ModelArchive, task: ScoringTask) -> Forward:
-    with tempfile.TemporaryDirectory(prefix="sparktf-saved-model-") as directory:
+    with scratch_directory("sparktf-saved-model-") as directory:
         loaded = tf.saved_model.load(archive.unpack(directory))
     function = loaded.signatures[task.saved_signature]
     names = [spec.name for spec in task.signature.outputs]

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from typing import Any
 
-from sparktf.cluster.spooling import local_directory
+from sparktf.cluster.scratch import local_directory
 from sparktf.errors import ParamError
 
 # pyarrow's names of file systems that move files and no directories.

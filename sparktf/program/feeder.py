@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from sparktf.cluster.spooling import local_directory
+from sparktf.cluster.scratch import local_directory
 from sparktf.data.columns import ColumnSpec
 from sparktf.data.faults import Faults, raise_if_any
 from sparktf.data.spool import Spool, SpoolWriter

@@ -17,7 +17,7 @@ from sparktf.cluster.fit_logs import executor_host
 from sparktf.cluster.gpus import check_gpus, task_gpus, visible_gpus
 from sparktf.cluster.leash import job_environment
 from sparktf.cluster.node import Result, barrier_task
-from sparktf.cluster.spooling import local_directory
+from sparktf.cluster.scratch import local_directory
 from sparktf.cluster.tensorboard import TensorBoard
 from sparktf.program.feeder import Feeder, Partition
 from sparktf.program.feeds import check_partitions

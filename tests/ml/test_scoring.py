@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -211,3 +217,33 @@ def test_a_worker_keeps_the_last_two_models_and_asks_for_bytes_once() -> None:
         run(task, pa.array([[1.0, 1.0, 1.0]], FLOATS))
     assert reads == 3
     assert [key.split(":")[0] for key in scoring._models] == [tasks[2].digest, tasks[0].digest]
+
+
+_KILLED = """
+import pickle, sys, time
+from sparktf.ml import scoring
+
+def loads_for_long(*given):
+    print("loading", flush=True)
+    time.sleep(60)
+
+scoring._keras_forward = loads_for_long
+scoring.load_forward(pickle.load(sys.stdin.buffer))
+"""
+
+
+def test_a_worker_that_is_killed_while_it_loads_a_model_leaves_no_file(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "SPARK_LOCAL_DIRS": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _KILLED], stdin=pipe, stdout=pipe, env=environment) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(pickle.dumps(task_for(summing())))
+        worker.stdin.close()
+        assert worker.stdout.readline() == b"loading\n"
+        assert list(tmp_path.rglob("*.keras"))
+        worker.kill()
+    deadline = time.monotonic() + 10
+    while any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
