@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _SECONDS = 30.0
 # It makes the directory itself, so that there is none before somebody watches over it.
@@ -45,7 +45,6 @@ def scratch_directory(prefix: str) -> Iterator[str]:
         process_group=0,
     )
     with keeper:
-        assert keeper.stdin is not None
         assert keeper.stdout is not None
         assert keeper.stderr is not None
         if not keeper.stdout.readline():
@@ -53,10 +52,9 @@ def scratch_directory(prefix: str) -> Iterator[str]:
         try:
             yield directory
         finally:
-            keeper.stdin.close()
-            try:
-                keeper.wait(_SECONDS)
-            finally:
-                keeper.kill()
-                # Where the shell was killed itself.
-                shutil.rmtree(directory, ignore_errors=True)
+            # A line, for the pipe's end does not come while a process that was forked meanwhile holds it, too.
+            with suppress(subprocess.TimeoutExpired):
+                keeper.communicate(b"remove\n", _SECONDS)
+            # Where the shell was killed itself, or is too slow.
+            keeper.kill()
+            shutil.rmtree(directory, ignore_errors=True)

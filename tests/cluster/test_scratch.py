@@ -24,6 +24,18 @@ with scratch_directory("held-") as directory:
     time.sleep(60)
 """
 
+_FORKS = """
+import os, signal, time
+from sparktf.cluster.scratch import scratch_directory
+with scratch_directory("held-") as directory:
+    forked = os.fork()
+    if not forked:
+        time.sleep(60)
+        os._exit(0)
+print(os.path.exists(directory))
+os.kill(forked, signal.SIGKILL)
+"""
+
 
 @pytest.fixture(autouse=True)
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -70,6 +82,12 @@ def test_it_is_gone_when_its_process_is_killed(local: Path) -> None:
     deadline = time.monotonic() + 10
     while directory.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert not list(local.iterdir())
+
+
+def test_it_is_gone_at_once_though_a_forked_process_holds_the_shells_pipe(local: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _FORKS], capture_output=True, text=True, timeout=20)
+    assert done.stdout == "False\n", done.stderr
     assert not list(local.iterdir())
 
 
